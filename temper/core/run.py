@@ -1,0 +1,152 @@
+"""The run directory of one stage: config as given and resolved, one log line a step, checkpoints, result.
+
+    runs/demo/sft/
+      stage.json      what ran: config, its hash, inputs' hashes, code revision, versions
+      metrics.jsonl   one line a step
+      checkpoints/    the two newest, each whole or absent
+      model/ …        outputs, each a whole folder
+      done.json       written last: the stage is finished for this key
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from temper.core.errors import IntegrityError
+from temper.core.hashing import hash_folder, hash_value
+from temper.core.storage import disk_errors, read_json, verify_folder, whole_folder, write_json, write_text
+
+KEEP_CHECKPOINTS = 2
+PINNED = ("torch", "transformers", "tokenizers", "llguidance", "pydantic")
+
+
+@cache
+def code_revision() -> dict[str, str]:
+    """The git commit (with a dirty flag) and the hash of the package's own source files."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD") or "not a git checkout"
+    dirty = "+dirty" if git("status", "--porcelain", "--", str(root)) else ""
+    sources = {name: digest for name, digest in hash_folder(root).items() if name.endswith(".py")}
+    return {"commit": commit + dirty, "source": hash_value(sources)}
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that can change a number."""
+    found = {"python": platform.python_version()}
+    for name in PINNED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+class RunDirectory:
+    """Where one stage writes. Made by `create`; `key` names the work, so equal work is done once."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+
+    @classmethod
+    def create(cls, path: Path, *, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> RunDirectory:
+        """Open `path` for the work that `config` (resolved) and `inputs` (name -> content hash) define.
+
+        Work of another key that stands there is removed: its outputs would be taken for this one's.
+        """
+        key = hash_value({"stage": stage, "config": config, "inputs": inputs, "source": code_revision()["source"]})
+        run = cls(path, key)
+        described = path / "stage.json"
+        if described.is_file() and read_json(described)["key"] != key:
+            shutil.rmtree(path)
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        if not described.is_file():
+            write_json(described, {
+                "key": key, "stage": stage, "config": config, "inputs": inputs, "code": code_revision(),
+                "versions": versions(), "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            })  # fmt: skip
+        return run
+
+    @property
+    def done(self) -> bool:
+        """Whether this very work was finished here."""
+        marker = self.path / "done.json"
+        return marker.is_file() and read_json(marker)["key"] == self.key
+
+    def result(self) -> dict[str, Any]:
+        """What `finish` recorded."""
+        return read_json(self.path / "done.json")["result"]
+
+    def finish(self, result: dict[str, Any], started: float) -> dict[str, Any]:
+        """Mark the work as finished with its `result`; `started` is `time.monotonic()` at its start."""
+        seconds = round(time.monotonic() - started, 3)
+        write_json(self.path / "done.json", {"key": self.key, "result": result, "seconds": seconds})
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        return result
+
+    def log(self, step: int, metrics: dict[str, float | int | str | None]) -> None:
+        """Append one line to metrics.jsonl."""
+        with disk_errors(self.path), (self.path / "metrics.jsonl").open("a") as handle:
+            handle.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl; the torn last line of a killed run is passed over."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        rows = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget the log lines of steps after `step`: a resumed run writes them again."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        if (self.path / "metrics.jsonl").is_file():
+            write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """An output folder that is whole or absent."""
+        with whole_folder(self.path / name) as scratch:
+            yield scratch
+
+    def checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
+        """Write checkpoint `step` through `save(folder)`, then forget all but the two newest."""
+        with whole_folder(self.path / "checkpoints" / f"step-{step:08d}") as scratch:
+            save(scratch)
+        for old in self.checkpoints()[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint folders, oldest first, whether whole or torn."""
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+    def latest(self) -> tuple[int, Path] | None:
+        """The newest whole checkpoint and its step; torn ones are passed over with a word on stderr."""
+        for path in reversed(self.checkpoints()):
+            try:
+                verify_folder(path)
+            except IntegrityError as error:
+                print(f"passing over a torn checkpoint: {error}", file=sys.stderr)
+                continue
+            return int(path.name.removeprefix("step-")), path
+        return None
