@@ -14,7 +14,8 @@ class Measure(Noun):
 
     `count` is the number of cases behind it, `low`/`high` a 95% interval (None where none exists).
     `better` says which direction is good. `cases` holds the per-case values by case id, so that two
-    reports can be compared pair by pair; `clusters` the cluster (company) of each case.
+    reports can be compared pair by pair; `clusters` the cluster (company) of each case. `method` says how
+    the interval was formed.
     """
 
     value: float | None
@@ -25,6 +26,7 @@ class Measure(Noun):
     better: Literal["higher", "lower", "neither"] = "higher"
     cases: dict[str, float] = {}
     clusters: dict[str, str] = {}
+    method: str = ""
 
 
 class Report(Noun):
