@@ -1,0 +1,1 @@
+"""Traces: what people already have (chat logs, question files, pairs, our own records) in and out of `Record`."""
