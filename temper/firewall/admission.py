@@ -18,7 +18,7 @@ from temper.core.records import Manifest, Record, Refusal
 from temper.core.storage import whole_folder, write_json, write_jsonl
 from temper.firewall.contamination import Conversation, HeldoutTask, heldout_task, overlaps
 from temper.firewall.dedup import content_hash, near_duplicates
-from temper.firewall.rules import RECORD_RULES, AdmissionRules
+from temper.firewall.rules import RECORD_RULES, AdmissionRules, check_contents
 from temper.firewall.text import said, turns
 
 RECORDS_FILE = "records.jsonl"
@@ -76,7 +76,8 @@ def admit(
     if rules.exact_duplicates:
         alive = _refuse(reasons, alive, "duplicate", _repeats([items[number] for number in alive], places, alive))
     if rules.near_duplicates is not None:
-        near = near_duplicates([said(turns(items[number]), rules.near_duplicates.roles) for number in alive], rules.near_duplicates)
+        spoken = [[said(turns(items[number]), (role,)) for number in alive] for role in rules.near_duplicates.roles]
+        near = near_duplicates(spoken, rules.near_duplicates)
         said_near = [f"{hit[1]:.2f} alike with row {places[alive[hit[0]]]}" if hit else None for hit in near]
         _refuse(reasons, alive, "near_duplicate", said_near)
     refusals = [
@@ -94,7 +95,7 @@ def _alone(record: Record, rules: AdmissionRules) -> tuple[str, str] | None:
         reason = check(record, rules)
         if reason is not None:
             return rule, reason
-    return None
+    return check_contents(record, rules)
 
 
 def _refuse(reasons: list[tuple[str, str] | None], alive: list[int], rule: str, found: Sequence[str | None]) -> list[int]:

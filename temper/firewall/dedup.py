@@ -19,7 +19,8 @@ BLOCK = 1 << 18  # n-grams hashed at a time: the scratch arrays stay in cache
 class NearDuplicates(Config):
     """When two records say nearly the same: Jaccard index of their word n-grams at or above `threshold`.
 
-    `roles` are the turns compared. Bands of rows decide which pairs are looked at: a pair of similarity s is
+    `roles` are the turns compared: each role by itself with `apart` (the same table with another question and
+    answer is no repetition), else all as one text. Bands of rows decide which pairs are looked at: a pair of similarity s is
     found with probability 1 - (1 - s^rows)^bands (0.92 at 0.8 for 14 bands of 8; Leskovec et al., Mining of
     Massive Datasets, 3.4), and settings that find fewer than 0.9 of the pairs at the threshold are refused.
     """
@@ -28,7 +29,8 @@ class NearDuplicates(Config):
     shingle: int = Field(5, ge=1)
     bands: int = Field(14, ge=1)
     rows: int = Field(8, ge=1)
-    roles: tuple[Role, ...] = ("user", "assistant")
+    roles: tuple[Role, ...] = Field(("user", "assistant"), min_length=1)
+    apart: bool = True
 
     def recall(self, similarity: float) -> float:
         """The probability that a pair of this similarity is looked at."""
@@ -54,58 +56,78 @@ def _content(message: Message) -> list[object]:
     return [message.role, tidy(message.content), tidy(message.reasoning or ""), calls]
 
 
-def near_duplicates(texts: Sequence[str], rule: NearDuplicates) -> list[tuple[int, float] | None]:
-    """For each text, the earlier *kept* text it nearly repeats and their Jaccard index; None where it is kept.
+def near_duplicates(texts: Sequence[Sequence[str]], rule: NearDuplicates) -> list[tuple[int, float] | None]:
+    """For each record, the earlier *kept* one it nearly repeats and their Jaccard index; None where it is kept.
 
-    Texts are taken in order, and one that is itself refused stands in nobody's way. A text without words is kept.
+    `texts` holds, for each role, what each record says in it. Records are taken in order, and one that is itself
+    refused stands in nobody's way. A record without words is kept.
     """
-    grams = ngrams(texts, rule.shingle, keep_short=True)
-    signatures_D_H = minhash(grams, rule.bands * rule.rows)
+    parts = [ngrams(role, rule.shingle, keep_short=True) for role in texts]
+    whole = together(parts)
+    signatures_D_H = minhash(whole, rule.bands * rule.rows)
     keys_D_B = band_keys(signatures_D_H, rule.bands)
-    counts_D = np.diff(grams.starts_D1)
+    alike = Alike(parts if rule.apart else [whole])
+    filled_D = np.diff(whole.starts_D1) > 0
     # Four standard deviations below the threshold: a candidate whose signature agrees less is not worth the true index.
     worth = rule.threshold - 4 * np.sqrt(rule.threshold * (1 - rule.threshold) / signatures_D_H.shape[1])
     buckets: list[dict[int, list[int]]] = [{} for _ in range(rule.bands)]
-    shingles: dict[int, np.ndarray] = {}
-    found: list[tuple[int, float] | None] = [None] * len(texts)
+    found: list[tuple[int, float] | None] = [None] * len(filled_D)
     for number, keys in enumerate(keys_D_B.tolist()):
-        if not counts_D[number]:
+        if not filled_D[number]:
             continue
         candidates = {other for bucket, key in zip(buckets, keys, strict=True) for other in bucket.get(key, ())}
-        found[number] = _verify(number, candidates, grams, signatures_D_H, worth, rule.threshold, shingles)
+        if candidates:
+            ordered = np.array(sorted(candidates))
+            agreement = (signatures_D_H[ordered] == signatures_D_H[number]).mean(axis=1)
+            close = ordered[agreement >= worth].tolist()
+            scored = ((other, alike(number, other, rule.threshold)) for other in close)
+            found[number] = next((hit for hit in scored if hit[1] >= rule.threshold), None)
         if found[number] is None:
             for bucket, key in zip(buckets, keys, strict=True):
                 bucket.setdefault(key, []).append(number)
     return found
 
 
-def _verify(
-    number: int,
-    candidates: set[int],
-    grams: Grams,
-    signatures_D_H: np.ndarray,
-    worth: float,
-    threshold: float,
-    shingles: dict[int, np.ndarray],
-) -> tuple[int, float] | None:
-    """The first candidate whose true Jaccard index with `number` reaches the threshold."""
-    if not candidates:
-        return None
-    ordered = np.array(sorted(candidates))
-    agreement = (signatures_D_H[ordered] == signatures_D_H[number]).mean(axis=1)
-    for other in ordered[agreement >= worth].tolist():
-        for document in (number, other):
-            if document not in shingles:
-                shingles[document] = grams.of(document)
-        index = jaccard(shingles[number], shingles[other])
-        if index >= threshold:
-            return other, index
-    return None
+class Alike:
+    """The true Jaccard index of two records: the least over the parts that either of them has."""
+
+    def __init__(self, parts: Sequence[Grams]) -> None:
+        self.parts = parts
+        self.sets: list[dict[int, set[int]]] = [{} for _ in parts]
+
+    def _set(self, part: int, record: int) -> set[int]:
+        known = self.sets[part]
+        if record not in known:
+            known[record] = set(self.parts[part].of(record).tolist())
+        return known[record]
+
+    def __call__(self, left: int, right: int, threshold: float) -> float:
+        """The index, or any value below `threshold` as soon as one part is below it."""
+        least = 1.0
+        for part in range(len(self.parts)):
+            one, other = self._set(part, left), self._set(part, right)
+            if one or other:
+                # |A and B| is at most the smaller set, so sizes alone rule most pairs out.
+                small, large = sorted((len(one), len(other)))
+                index = jaccard(one, other) if small >= threshold * large else 0.0
+                least = min(least, index)
+            if least < threshold:
+                return least
+        return least
 
 
-def jaccard(left: np.ndarray, right: np.ndarray) -> float:
-    """|A and B| / |A or B| of two arrays of distinct values; two empty sets share nothing."""
-    shared = len(np.intersect1d(left, right, assume_unique=True))
+def together(parts: Sequence[Grams]) -> Grams:
+    """The n-grams of every part of each record as one set; equal words in two parts stay apart."""
+    hashes = [mix(part.hashes_N + np.uint64(word_hash(f"part {index}"))) for index, part in enumerate(parts)]
+    owners_N = np.concatenate([part.owners_N for part in parts])
+    order = np.argsort(owners_N, kind="stable")
+    counts_D = sum(np.diff(part.starts_D1) for part in parts)
+    return Grams(np.concatenate(hashes)[order], np.concatenate([[0], np.cumsum(counts_D)]))
+
+
+def jaccard(left: set[int], right: set[int]) -> float:
+    """|A and B| / |A or B|; two empty sets share nothing."""
+    shared = len(left & right)
     union = len(left) + len(right) - shared
     return shared / union if union else 0.0
 

@@ -1,7 +1,7 @@
 """The rules of admission: what a record must be, state and leave out. Each says why it refuses, or None.
 
-`RECORD_RULES` judge a record by itself, in this order; overlap and duplicates, which look at several, follow
-in `admission`.
+`RECORD_RULES` judge a record by itself, in this order; `check_contents` looks into what it says; overlap and
+duplicates, which look at several records, follow in `admission`.
 """
 
 from __future__ import annotations
@@ -229,20 +229,15 @@ def check_outcome(record: Record, rules: AdmissionRules) -> str | None:
     return f"the episode failed: {error[:120]}" if error is not None and not rules.failed_episodes else None
 
 
-def check_secrets(record: Record, rules: AdmissionRules) -> str | None:
-    """No keys, tokens or passwords."""
-    return _found(record, rules.secrets)
-
-
-def check_personal(record: Record, rules: AdmissionRules) -> str | None:
-    """No personal data that has a recognisable form."""
-    return _found(record, rules.personal)
-
-
-def _found(record: Record, kinds: tuple[str, ...]) -> str | None:
-    places = list(dict.fromkeys(scan(record, kinds))) if kinds else []
-    shown = ", ".join(f"{kind} in {place}" for kind, place in places[:3])
-    return f"{shown}{f' and {len(places) - 3} more' if len(places) > 3 else ''}" if places else None
+def check_contents(record: Record, rules: AdmissionRules) -> tuple[str, str] | None:
+    """Neither keys, tokens and passwords (rule "secrets") nor personal data of a recognisable form ("personal")."""
+    kinds = rules.secrets + rules.personal
+    found = list(dict.fromkeys(scan(record, kinds))) if kinds else []
+    if not found:
+        return None
+    shown = ", ".join(f"{kind} in {place}" for kind, place in found[:3])
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ("secrets" if any(kind in SECRETS for kind, _ in found) else "personal"), shown + more
 
 
 RECORD_RULES: dict[str, Callable[[Record, AdmissionRules], str | None]] = {
@@ -252,6 +247,4 @@ RECORD_RULES: dict[str, Callable[[Record, AdmissionRules], str | None]] = {
     "access": check_access,
     "split": check_split,
     "outcome": check_outcome,
-    "secrets": check_secrets,
-    "personal": check_personal,
 }
