@@ -81,7 +81,9 @@ def read_jsonl(path: Path, model: type[M]) -> list[M]:
     if not path.is_file():
         raise DataError(f"{path} does not exist", do="check the path, or run the stage that writes it")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    # Not splitlines(): JSON text may hold U+2028 and its like unescaped, and only a newline ends a row.
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         try:
             rows.append(model.model_validate_json(line))
         except ValidationError as error:
