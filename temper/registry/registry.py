@@ -28,6 +28,7 @@ from temper.registry.signing import key_id, sign, verify
 from temper.registry.store import Store
 from temper.registry.tables import AliasEventRow, DocumentRow, ManifestRow, ParentRow, ReleaseRow, SignatureRow
 
+DATABASE = "registry.sqlite"
 TOKENIZER_FILES = re.compile(r"^(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|chat_template.*)$")
 Named = Mapping[str, str] | str | None
 Releases: TypeAlias = list[Release]  # inside the class, `list` is the method
@@ -39,14 +40,19 @@ class Registry:
     """Releases below `path`: the database, and the content-addressed store of their artefacts.
 
     `path` is a folder (SQLite inside it); with `url` the database is there instead, for example
-    postgresql+psycopg://…. With `trusted` keys, promote and resolve demand a signature by one of them.
+    postgresql+psycopg://…. With `trusted` keys, promote and resolve demand a signature by one of them. Without
+    `create`, a folder that is no registry is refused.
     """
 
-    def __init__(self, path: Path | str, *, url: str | None = None, trusted: Iterable[Ed25519PublicKey] = ()) -> None:
+    def __init__(self, path: Path | str, *, url: str | None = None, trusted: Iterable[Ed25519PublicKey] = (), create: bool = True) -> None:
         self.path = Path(path)
+        if not create and url is None and not (self.path / DATABASE).is_file():
+            raise ReleaseError(
+                f"{self.path} is no registry", why=f"it holds no {DATABASE}", do="give the registry's folder, or register a release first"
+            )
         self.store = Store(self.path / "store")
         self.trusted = tuple(trusted)
-        self._engine = open_database(url or f"sqlite:///{self.path / 'registry.sqlite'}", self.path)
+        self._engine = open_database(url or f"sqlite:///{self.path / DATABASE}", self.path)
         self._session = sessionmaker(self._engine)
 
     # --- registering -------------------------------------------------------------------------------------

@@ -154,3 +154,13 @@ def require_verdict(release: Release) -> None:
             why=f"the artefact is {release.artifact_hash[:16]}; the evidence names {names}",
             do="gate the report of exactly these weights and adapters",
         )
+    if (
+        release.report_hash
+        and "candidate_model" in judged
+        and verdict.evidence.get("candidate", release.report_hash) != release.report_hash
+    ):
+        raise ReleaseError(
+            f"the verdict of release {name} rests on another report",
+            why=f"the release names report {release.report_hash[:16]}, the verdict {verdict.evidence['candidate'][:16]}",
+            do="register the report that was judged",
+        )
