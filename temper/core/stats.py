@@ -145,7 +145,8 @@ def rate_interval(values: Mapping[str, float], clusters: Mapping[str, str]) -> I
         effective = count / effect
         low, high = wilson(rate * effective, effective, t_quantile((1 + CONFIDENCE) / 2, groups - 1))
         return Interval(low, high, f"Wilson at design effect {effect:.2f} over {groups} clusters")
-    return Interval(*wilson(rate * count, count), "Wilson" if groups == count else f"Wilson; design effect over {groups} clusters not above 1")
+    note = "" if groups == count else f"; design effect over {groups} clusters not above 1"
+    return Interval(*wilson(rate * count, count), f"Wilson{note}")
 
 
 def mean_interval(values: Mapping[str, float], clusters: Mapping[str, str]) -> Interval:
@@ -191,7 +192,14 @@ def tango(wins: int, losses: int, count: int, level: float = CONFIDENCE) -> tupl
     return (-1.0 if point <= -1 else crossing(z, -1.0, point)), (1.0 if point >= 1 else crossing(-z, point, 1.0))
 
 
-def contrast(candidate: Mapping[str, float], baseline: Mapping[str, float], clusters: Mapping[str, str], *, share: float = 1.0, level: float = CONFIDENCE) -> Paired:  # fmt: skip
+def contrast(
+    candidate: Mapping[str, float],
+    baseline: Mapping[str, float],
+    clusters: Mapping[str, str],
+    *,
+    share: float = 1.0,
+    level: float = CONFIDENCE,
+) -> Paired:
     """The mean of candidate − share·baseline over the cases both hold, clustered, with its interval and tests.
 
     share=1 is the paired difference (Miller 2411.00640, eq. 8). For pass/fail values at share=1 the interval
@@ -261,7 +269,8 @@ def merge_clusters(first: Mapping[str, str], second: Mapping[str, str]) -> dict[
     """Both maps in one. Raises DataError where they put one case in two clusters."""
     for case in first.keys() & second.keys():
         if first[case] != second[case]:
-            raise DataError(f"case {case!r} is in cluster {first[case]!r} of one report and {second[case]!r} of the other", do="compare reports of one suite")
+            where = f"{first[case]!r} of one report and {second[case]!r} of the other"
+            raise DataError(f"case {case!r} is in cluster {where}", do="compare reports of one suite")
     return {**first, **second}
 
 

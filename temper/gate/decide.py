@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from temper.core.errors import DataError
 from temper.core.hashing import hash_value
 from temper.core.reports import Finding, Measure, Report, Verdict
-from temper.core.stats import Paired, cases_needed, contrast, growth, holm, merge_clusters
+from temper.core.stats import Paired, cases_needed, holm
+from temper.gate.evidence import against, described, described_measure, expand, gain, grown, kept, missing, pair, shown
 from temper.gate.rule import GateRule, Growth, Improvement, NonInferiority, StudentKeep, Target
 
 Status = str
@@ -47,51 +47,23 @@ def decide(candidate: Report, baseline: Report | None, rule: GateRule, *, teache
     return Verdict(decision=decision, findings=tuple(findings), evidence=evidence)  # type: ignore[arg-type]
 
 
-def expand(metric: str, *reports: Report | None) -> list[str]:
-    """The metrics that a path stands for: `slice:*.m` is every slice (not tenant) that any report has, `slice:tenant:*.m` every tenant."""
-    group, _, name = metric.rpartition(".")
-    if not group.startswith("slice:") or not group.endswith("*"):
-        return [metric]
-    prefix = group.removeprefix("slice:").removesuffix("*")
-    known = sorted({slice_name for report in reports if report for slice_name in report.slices})
-    matching = [item for item in known if item.startswith(prefix) and ":" not in item.removeprefix(prefix)]
-    return [f"slice:{item}.{name}" for item in matching]
-
-
-def shown(value: float) -> str:
-    """A figure with as many digits as a reader needs."""
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
-
-
-def span(value: float | None, low: float | None, high: float | None) -> str:
-    """A figure with its interval in words."""
-    if value is None:
-        return "not measured"
-    return shown(value) + (f" [{shown(low)}, {shown(high)}]" if low is not None and high is not None else " (no interval)")
-
-
-def missing(measure: Measure | None, fewest: int) -> str | None:
-    """Why a measure is no evidence, or None where it is."""
-    if measure is None:
-        return "the report does not hold this metric"
-    if measure.value is None:
-        return "nothing could be measured, and absent is not zero"
-    if not math.isfinite(measure.value):
-        return f"the figure is {measure.value}, not a number"
-    if measure.count < fewest:
-        return f"{measure.count} cases are fewer than the {fewest} that the rule asks for"
-    return None
-
-
 def nothing_matches(line: str, metric: str, required: str) -> list[Finding]:
     """The finding of a wildcard that names no slice."""
-    return [Finding(rule=f"{line}: {metric}", status="unknown", observed="no slice", required=required, reason="no report has a slice that this matches")]
+    return [
+        Finding(
+            rule=f"{line}: {metric}",
+            status="unknown",
+            observed="no slice",
+            required=required,
+            reason="no report has a slice that this matches",
+        )
+    ]
 
 
 def judge_target(target: Target, candidate: Report, rule: GateRule, label: str) -> list[Finding]:
     """One finding a metric: the figure (or the whole interval) within `min` and `max`."""
     where = "interval" if target.on == "bound" else "figure"
-    limits = [f"at least {target.min:g}" for _ in [0] if target.min is not None] + [f"at most {target.max:g}" for _ in [0] if target.max is not None]
+    limits = [f"{word} {limit:g}" for word, limit in (("at least", target.min), ("at most", target.max)) if limit is not None]
     required = f"{where} {' and '.join(limits)}"
     findings = []
     for metric in expand(target.metric, candidate):
@@ -101,7 +73,7 @@ def judge_target(target: Target, candidate: Report, rule: GateRule, label: str) 
             status, reason = "unknown", gap or ""
         else:
             status, reason = within(target, measure)
-        observed = f"{span(measure.value, measure.low, measure.high)}, {measure.count} cases" if measure else "absent"
+        observed = described_measure(measure)
         findings.append(Finding(rule=f"{label}: {metric}", status=status, observed=observed, required=required, reason=reason))  # type: ignore[arg-type]
     return findings or nothing_matches(label, target.metric, required)
 
@@ -128,48 +100,11 @@ def within(target: Target, measure: Measure) -> tuple[Status, str]:
     return "unknown", reason
 
 
-def pair(metric: str, candidate: Report, baseline: Report | None, rule: GateRule, *, fewest: int | None, coverage: float | None, kind: str, role: str = "baseline", share: float = 1.0) -> Paired | str:  # fmt: skip
-    """The paired comparison of one metric, or the reason why there is none."""
-    if baseline is None:
-        return f"no {role} was given"
-    if (candidate.split, candidate.suite_hash) != (baseline.split, baseline.suite_hash):
-        return f"the reports are of different suites ({candidate.split} {candidate.suite_hash[:12]}, {baseline.split} {baseline.suite_hash[:12]})"
-    ours, theirs = candidate.measure(metric), baseline.measure(metric)
-    if ours is None or theirs is None:
-        return f"the {'candidate' if ours is None else role} does not hold this metric"
-    if (ours.unit, ours.better) != (theirs.unit, theirs.better):
-        return f"the reports disagree on what the metric is ({ours.unit}, {ours.better}; {theirs.unit}, {theirs.better})"
-    if not all(math.isfinite(value) for value in (*ours.cases.values(), *theirs.cases.values())):
-        return "a case is not a finite number"
-    try:
-        clusters = merge_clusters(ours.clusters, theirs.clusters)
-    except DataError as error:
-        return error.what
-    if kind == "growth":
-        paired = growth(ours.cases, theirs.cases, clusters, 1 - rule.alpha)
-    elif ours.better == "neither":
-        return "the metric has no good direction; use max_growth, or a target"
-    elif ours.better == "higher":
-        paired = contrast(ours.cases, theirs.cases, clusters, share=share, level=1 - rule.alpha)
-    else:
-        paired = contrast(theirs.cases, ours.cases, clusters, level=1 - rule.alpha)
-    if paired.count < (least := fewest or rule.min_count):
-        return f"{paired.count} paired cases are fewer than the {least} that the rule asks for"
-    if paired.coverage < (enough := coverage or rule.coverage):
-        return f"only {paired.coverage:.0%} of the cases could be paired, the rule asks for {enough:.0%}"
-    return paired if paired.difference is not None else paired.method
-
-
-def described(paired: Paired, what: str) -> str:
-    """A paired comparison in words."""
-    return f"{what} {span(paired.difference, paired.low, paired.high)}, {paired.count} pairs in {paired.clusters} clusters"
-
-
 def judge_margin(line: NonInferiority, candidate: Report, baseline: Report | None, rule: GateRule, label: str) -> list[Finding]:
     """One finding a metric: the whole paired interval of the gain lies above −margin."""
     required, findings = f"gain above -{line.margin:g}", []
     for metric in expand(line.metric, candidate, baseline):
-        paired = pair(metric, candidate, baseline, rule, fewest=line.min_count, coverage=line.coverage, kind="gain")
+        paired = against(line, metric, candidate, baseline, rule, gain(1 - rule.alpha))
         if isinstance(paired, str):
             status, observed, reason = "unknown", "not compared", paired
         else:
@@ -192,7 +127,7 @@ def judge_growth(line: Growth, candidate: Report, baseline: Report | None, rule:
     """One finding a metric: its growth over the baseline stays within `max_growth`."""
     required, findings = f"growth at most {line.max_growth:.0%} ({line.on})", []
     for metric in expand(line.metric, candidate, baseline):
-        paired = pair(metric, candidate, baseline, rule, fewest=line.min_count, coverage=line.coverage, kind="growth")
+        paired = against(line, metric, candidate, baseline, rule, grown(1 - rule.alpha))
         if isinstance(paired, str):
             status, observed, reason = "unknown", "not compared", paired
         else:
@@ -206,7 +141,9 @@ def judge_growth(line: Growth, candidate: Report, baseline: Report | None, rule:
                 status, reason = "unknown", f"the growth has no interval ({paired.method})"
             else:
                 status = "pass" if paired.high <= line.max_growth else "unknown"
-                reason = paired.method if status == "pass" else f"the cases do not decide: the interval reaches past the limit ({paired.method})"
+                reason = (
+                    paired.method if status == "pass" else f"the cases do not decide: the interval reaches past the limit ({paired.method})"
+                )
         findings.append(Finding(rule=f"guardrail: {metric}", status=status, observed=observed, required=required, reason=reason))  # type: ignore[arg-type]
     return findings or nothing_matches("guardrail", line.metric, required)
 
@@ -219,7 +156,7 @@ def judge_improvements(lines: Iterable[Improvement], candidate: Report, baseline
     claims: dict[str, Paired | str] = {}
     for line in lines:
         named = expand(line.metric, candidate, baseline)
-        claims |= {m: pair(m, candidate, baseline, rule, fewest=line.min_count, coverage=line.coverage, kind="gain") for m in named}
+        claims |= {m: against(line, m, candidate, baseline, rule, gain(1 - rule.alpha)) for m in named}
         if not named:
             claims[line.metric] = "no report has a slice that this matches"
     p_values = {metric: 1.0 if isinstance(paired, str) or paired.p_value is None else paired.p_value for metric, paired in claims.items()}
@@ -236,17 +173,26 @@ def judge_improvements(lines: Iterable[Improvement], candidate: Report, baseline
             status = "pass" if adjusted[metric] <= rule.alpha else "unknown"
             observed = f"{described(paired, 'gain')}, p {paired.p_value:.2g}, Holm {adjusted[metric]:.2g} of {len(claims)} claims"
             reason = paired.method if status == "pass" else "the gain may be chance"
-        findings.append(Finding(rule=f"improvement: {metric}", status=status, observed=observed, required=f"gain above 0, adjusted p at most {rule.alpha:g}", reason=reason))  # type: ignore[arg-type]  # fmt: skip
+        findings.append(
+            Finding(
+                rule=f"improvement: {metric}",
+                status=status,
+                observed=observed,
+                required=f"gain above 0, adjusted p at most {rule.alpha:g}",
+                reason=reason,
+            )
+        )  # type: ignore[arg-type]
     return findings
 
 
 def judge_student(line: StudentKeep, student: Report, teacher: Report | None, rule: GateRule) -> list[Finding]:
     """One finding a slice: the mean of student − share·teacher, paired by case, is not below zero."""
     required, findings = f"student keeps {line.share:.0%} of the teacher ({line.on})", []
+    fewest = line.min_count or rule.min_count
     for metric in expand(f"slice:*.{line.metric}", student, teacher):
-        paired = pair(metric, student, teacher, rule, fewest=line.min_count, coverage=None, kind="keep", role="teacher", share=line.share)
+        paired = pair(metric, student, teacher, kept(1 - rule.alpha, line.share), role="teacher", fewest=fewest, coverage=rule.coverage)
         ours, theirs = student.measure(metric), teacher.measure(metric) if teacher else None
-        scores = f"student {span(ours.value, ours.low, ours.high) if ours else 'absent'}, teacher {span(theirs.value, theirs.low, theirs.high) if theirs else 'absent'}"
+        scores = f"student {described_measure(ours)}, teacher {described_measure(theirs)}"
         if isinstance(paired, str):
             status, reason = "unknown", paired
         elif line.on == "point" and paired.difference is not None and paired.difference >= -1e-12:

@@ -27,7 +27,9 @@ class Change(Noun):
     count: int = 0
 
 
-def changes(candidate: Report, baseline: Report, metrics: Sequence[str], *, alpha: float, tolerance: Mapping[str, float] | None = None) -> list[Change]:  # fmt: skip
+def changes(
+    candidate: Report, baseline: Report, metrics: Sequence[str], *, alpha: float, tolerance: Mapping[str, float] | None = None
+) -> list[Change]:
     """Each metric's paired clustered change, with intervals that hold together at `alpha` (Bonferroni over `metrics`).
 
     A metric that either report lacks, has no good direction, or was measured on another suite is `unknown`.
@@ -45,7 +47,17 @@ def changes(candidate: Report, baseline: Report, metrics: Sequence[str], *, alph
             status = "unknown"
         else:
             status = "better" if paired.low > 0 else "worse" if paired.high < -allowed else "unchanged"
-        found.append(Change(metric=metric, status=status, gain=paired.difference, low=paired.low, high=paired.high, tolerance=allowed, count=paired.count))  # type: ignore[arg-type]  # fmt: skip
+        found.append(
+            Change(
+                metric=metric,
+                status=status,
+                gain=paired.difference,
+                low=paired.low,
+                high=paired.high,
+                tolerance=allowed,
+                count=paired.count,
+            )
+        )  # type: ignore[arg-type]
     return found
 
 

@@ -33,7 +33,9 @@ class Line(Config):
         known = get_args(Dimension)
         if not group.startswith("slice:") and group not in known:
             near = difflib.get_close_matches(group, known, n=1)
-            raise ValueError(f"{group!r} is no dimension; " + (f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)} or slice:NAME"))
+            raise ValueError(
+                f"{group!r} is no dimension; " + (f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)} or slice:NAME")
+            )
         return metric
 
 
