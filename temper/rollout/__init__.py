@@ -1,0 +1,1 @@
+"""Sampling: environments, tools, retrieval and verifiers; the engine, grammars and episodes."""
