@@ -1,0 +1,260 @@
+"""The FastAPI application: OpenAI's chat API over one release, told apart by tenant, written down line by line."""
+
+from __future__ import annotations
+
+import asyncio
+import calendar
+import datetime as dt
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from temper.core.config import parse_config
+from temper.core.errors import TemperError
+from temper.core.records import Sampled
+from temper.registry import Registry
+from temper.rollout.environment import Environment
+from temper.serve.audit import AuditLine, JsonLines, now, served_record
+from temper.serve.chat import Plan, choices, chunks, completion, plan
+from temper.serve.config import ServeConfig
+from temper.serve.errors import ApiError
+from temper.serve.loaded import Loaded, OpenEngine, opener
+from temper.serve.metrics import Metrics
+from temper.serve.schema import ChatRequest, parse_request
+from temper.serve.tenancy import list_models, tenant_of
+from temper.serve.worker import Job, Worker
+
+log = logging.getLogger("temper.serve")
+
+
+class Server:
+    """What one application holds: the worker, the audit file, the counters."""
+
+    def __init__(
+        self, registry: Registry, alias: str, open_engine: OpenEngine, audit: Path, capture: Path | None, config: ServeConfig
+    ) -> None:
+        self.config, self.alias = config, alias
+        self.audit, self.capture = JsonLines(audit), JsonLines(capture) if capture else None
+        self.metrics = Metrics()
+        self.worker = Worker(
+            registry, alias, open_engine, max_rows=config.max_rows, max_waiting=config.max_waiting, gather_s=config.gather_ms / 1000,
+            poll_s=config.poll_seconds, override=config.override_deprecation,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Finish what is queued and close the files."""
+        self.worker.close()
+        self.audit.close()
+        if self.capture:
+            self.capture.close()
+
+    async def body(self, http: Request) -> bytes:
+        """The request's body. Raises ApiError 413 where it is longer than allowed, without reading the rest."""
+        found = bytearray()
+        async for piece in http.stream():
+            found += piece
+            if len(found) > self.config.max_body_bytes:
+                raise ApiError(413, "body_too_large", f"the body is longer than {self.config.max_body_bytes} bytes")
+        return bytes(found)
+
+    async def chat(self, http: Request) -> Response:
+        """One chat completion: understood, queued, answered, written down."""
+        started, line = time.monotonic(), AuditLine(request_id=secrets.token_hex(12), time=now(), status=200)
+        try:
+            return await self._answer(http, line, started)
+        except ApiError as error:
+            refused = error
+        except asyncio.CancelledError:
+            line.status, line.code = 499, "client_gone"
+            self._write(line, started)
+            raise
+        except Exception:
+            log.exception("request %s failed", line.request_id)
+            refused = ApiError(500, "internal_error", f"the server failed on request {line.request_id}; its log says why")
+        line.status, line.code = refused.status, refused.code
+        try:
+            self._write(line, started)
+        except ApiError as error:
+            refused = error
+        return JSONResponse(refused.body(), status_code=refused.status, headers={"X-Request-Id": line.request_id, **refused.headers})
+
+    async def _answer(self, http: Request, line: AuditLine, started: float) -> Response:
+        request = parse_request(await self.body(http))
+        loaded = self.worker.current  # the release this request begins with, and ends on
+        line.release, line.stream = loaded.release.id, bool(request.stream)
+        tenant = self.tenant(http, loaded, request)
+        line.tenant = tenant
+        self._require_alive(loaded)
+        made = plan(request, loaded, tenant, default_tokens=self.config.default_max_tokens, constrain_tools=self.config.constrain_tools)
+        job = self.worker.submit(loaded, made.rows)
+        sampled = await self._wait(job, http)
+        self._note(line, job, loaded, made, sampled)
+        answers = choices(made, loaded, tenant, sampled)
+        line.finish_reason, line.schema_valid = answers[0].finish_reason, answers[0].schema_valid
+        self._write(line, started)  # before a byte leaves: no answer without its audit line
+        if self.capture:
+            for answer in answers:
+                self.capture.append(
+                    served_record(
+                        loaded.release, made.messages, (answer.message,), made.tools, (answer.sampled,),
+                        tenant=tenant, licence=self.config.capture_licence, request_id=line.request_id,
+                    )
+                )  # fmt: skip
+        named = loaded.release.model_id + (f"@{tenant}" if tenant else "")
+        headers = self._headers(line, loaded)
+        if request.stream:
+            events = chunks(line.request_id, named, loaded.release.id, made, answers)
+            return StreamingResponse(events, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-store"})
+        return JSONResponse(completion(line.request_id, named, loaded.release.id, made, answers), headers=headers)
+
+    def tenant(self, http: Request, loaded: Loaded, request: ChatRequest) -> str | None:
+        """Whose request it is. Raises ApiError."""
+        return tenant_of(
+            loaded.release, self.alias, model=request.model, headers=http.headers.getlist("x-tenant"),
+            metadata=request.metadata, authorization=http.headers.get("authorization"),
+        )  # fmt: skip
+
+    def _require_alive(self, loaded: Loaded) -> None:
+        end = loaded.release.deprecation_plan
+        if end.expired(today()) and not self.config.override_deprecation:
+            raise ApiError(410, "release_ended", f"release {loaded.release.id[:16]} ended on {end.end}. {end.notice}".strip())
+
+    async def _wait(self, job: Job, http: Request) -> list[Sampled]:
+        answer = asyncio.wrap_future(job.future)
+        while True:
+            done, _ = await asyncio.wait([answer], timeout=self.config.look_for_client_seconds)
+            if done:
+                return answer.result()
+            if await http.is_disconnected() and job.future.cancel():
+                raise ApiError(499, "client_gone", "the client went away before its turn")
+
+    def _note(self, line: AuditLine, job: Job, loaded: Loaded, made: Plan, sampled: list[Sampled]) -> None:
+        """What the engine says it did: the adapter is the one stamped on the sampled rows."""
+        used = {row.adapter for row in sampled}
+        line.adapter = next(iter(used)) if len(used) == 1 else "mixed"
+        line.adapter_hash = loaded.hash_of.get(line.adapter or "")
+        line.weights, line.choices = loaded.weights_hash, len(sampled)
+        line.prompt_tokens, line.completion_tokens = made.prompt_tokens, sum(len(row.token_ids) for row in sampled)
+        line.batch_rows, line.queued_ms = job.batch_rows, round((job.started - job.queued) * 1000, 2)
+
+    def _write(self, line: AuditLine, started: float) -> None:
+        line.latency_ms = round((time.monotonic() - started) * 1000, 2)
+        self.metrics.add(line)
+        try:
+            self.audit.append(asdict(line))
+        except (TemperError, OSError) as error:
+            log.error("the audit line of request %s cannot be written: %s", line.request_id, error)
+            raise ApiError(503, "audit_unavailable", "the audit log cannot be written, and nothing is answered without it") from error
+
+    def models(self, http: Request, name: str | None = None) -> Response:
+        """The models that the caller may name: the release, and one entry a tenant; or the one of that name."""
+        loaded = self.worker.current
+        try:
+            shown = list_models(loaded.release, self.alias, http.headers.get("authorization"))
+        except ApiError as error:
+            return JSONResponse(error.body(), status_code=error.status)
+        if name is None:
+            return JSONResponse({"object": "list", "data": shown})
+        for entry in shown:
+            if entry["id"] == name:
+                return JSONResponse(entry)
+        missing = ApiError(404, "model_not_found", f"model {name[:96]!r} is not served here", param="model")
+        return JSONResponse(missing.body(), status_code=404)
+
+    def health(self) -> Response:
+        """Which release serves, and what stands in the way of the one the alias points at."""
+        worker = self.worker
+        state = "failed" if not worker.alive() else "degraded" if worker.fault else "ok"
+        body = {
+            "status": state,
+            "alias": self.alias,
+            "release": worker.current.release.id,
+            "waiting": worker.waiting(),
+            "fault": worker.fault,
+        }
+        return JSONResponse(body, status_code=503 if state == "failed" else 200)
+
+    def metrics_text(self) -> Response:
+        """Counters and gauges."""
+        worker = self.worker
+        gauges = {
+            "waiting": worker.waiting(),
+            "batches": worker.batches,
+            "rows": worker.rows,
+            "swaps": worker.swaps,
+            "degraded": float(worker.fault is not None),
+        }
+        return PlainTextResponse(self.metrics.text(gauges, worker.current.release.id), media_type="text/plain; version=0.0.4")
+
+    def _headers(self, line: AuditLine, loaded: Loaded) -> dict[str, str]:
+        """Which release answered, and when it ends (RFC 9745 Deprecation, RFC 8594 Sunset)."""
+        end = loaded.release.deprecation_plan
+        found = {"X-Request-Id": line.request_id, "X-Temper-Release": loaded.release.id}
+        if end.deprecated_from is not None and today() >= end.deprecated_from:
+            found["Deprecation"] = f"@{calendar.timegm(end.deprecated_from.timetuple())}"
+        if end.end is not None:
+            found["Sunset"] = end.end.strftime("%a, %d %b %Y 23:59:59 GMT")
+        return found
+
+
+def today() -> dt.date:
+    """The day in UTC."""
+    return dt.datetime.now(dt.UTC).date()
+
+
+def create_app(
+    registry: Registry, alias: str = "production", *, audit: Path, capture: Path | None = None, open_engine: OpenEngine | None = None,
+    environment: Environment | None = None, **settings: Any,
+) -> FastAPI:  # fmt: skip
+    """The application over what `alias` points at, loaded before this returns. `settings` are fields of ServeConfig.
+
+    Raises ReleaseError, IntegrityError, TemplateError or ConfigError where the release cannot be served.
+    """
+    config = parse_config(ServeConfig, {"alias": alias, "audit": audit, "capture": capture, **settings})
+    server = Server(registry, alias, open_engine or opener(config), audit, capture, config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        server.close()
+
+    app = FastAPI(title="temper", lifespan=lifespan, openapi_url=None)
+    app.state.server = server
+    app.add_exception_handler(HTTPException, _not_here)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: Request) -> Response:
+        return await server.chat(http)
+
+    @app.get("/v1/models")
+    async def models(http: Request) -> Response:
+        return server.models(http)
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str, http: Request) -> Response:
+        return server.models(http, name)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        return server.health()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return server.metrics_text()
+
+    return app
+
+
+def _not_here(http: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    told = ApiError(status, "not_found" if status == 404 else "method_not_allowed", f"{http.method} {http.url.path} is not served here")
+    return JSONResponse(told.body(), status_code=status)

@@ -1,0 +1,79 @@
+"""A release in memory: one engine, its adapters, and what was really loaded, read back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from temper.core.errors import IntegrityError
+from temper.core.storage import verify_folder
+from temper.registry import Registry, Release
+from temper.rollout.engine import Engine
+from temper.serve.config import ServeConfig
+
+OpenEngine = Callable[[Path], Engine]
+
+
+@dataclass
+class Loaded:
+    """One release, ready to answer. `adapter_of` maps a tenant to the engine's adapter name, `hash_of` that name to
+    the content hash of the bytes that were loaded under it. The engine belongs to the worker thread alone.
+    """
+
+    release: Release
+    engine: Engine
+    adapter_of: dict[str, str]
+    hash_of: dict[str, str]
+    weights_hash: str
+    seconds: float
+
+    def expected(self, tenant: str | None) -> str | None:
+        """The engine's adapter name for a tenant; None for the shared base."""
+        return None if tenant is None else self.adapter_of[tenant]
+
+    def adapter_hash(self, adapter: str | None) -> str | None:
+        """The content hash of what is loaded under the engine's adapter name."""
+        return None if adapter is None else self.hash_of[adapter]
+
+
+def load_release(registry: Registry, reference: str, open_engine: OpenEngine, *, override: bool = False) -> Loaded:
+    """Verify and load a release and every adapter of it. Raises IntegrityError, ReleaseError, TemplateError.
+
+    An adapter is named inside the engine by its content hash, so two releases or tenants can never share a name
+    by accident, and a cache keyed by the name is keyed by the content.
+    """
+    started = time.monotonic()
+    release = registry.resolve(reference, override=override)
+    weights = registry.weights_path(release)
+    engine = open_engine(weights)
+    template = engine.policy.template
+    template.require()
+    if release.template_fingerprint and template.fingerprint != release.template_fingerprint:
+        raise IntegrityError(
+            f"release {release.id[:16]} was judged with another chat template",
+            why=f"recorded {release.template_fingerprint[:16]}, the weights folder holds {template.fingerprint[:16]}",
+            do="register the release with the template it was evaluated with",
+        )
+    adapter_of, hash_of = {}, {}
+    for tenant, digest in sorted(release.adapters.items()):
+        name, folder = f"a{digest}", registry.adapter_path(release, tenant)
+        if name not in hash_of:
+            engine.policy.load_adapter(name, folder)
+            hash_of[name] = verify_folder(folder)  # read again after loading: what was read is what is recorded
+        if hash_of[name] != digest:
+            raise IntegrityError(
+                f"adapter of tenant {tenant!r} changed while it was loaded", why=f"recorded {digest[:16]}, found {hash_of[name][:16]}"
+            )
+        adapter_of[tenant] = name
+    return Loaded(release, engine, adapter_of, hash_of, verify_folder(weights), time.monotonic() - started)
+
+
+def opener(config: ServeConfig) -> OpenEngine:
+    """How a weights folder becomes an engine under `config`."""
+
+    def open_engine(weights: Path) -> Engine:
+        return Engine.load(weights, precision=config.precision, device=config.device, max_rows=config.max_rows)
+
+    return open_engine
