@@ -8,7 +8,7 @@ import datetime as dt
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,28 +23,37 @@ from temper.core.errors import TemperError
 from temper.core.records import Sampled
 from temper.registry import Registry
 from temper.rollout.environment import Environment
-from temper.serve.audit import AuditLine, JsonLines, now, served_record
-from temper.serve.chat import Plan, choices, chunks, completion, plan
+from temper.serve.audit import AuditLine, JsonLines, now, served_again, served_record
+from temper.serve.chat import choices, chunks, completion, plan, require_adapter
 from temper.serve.config import ServeConfig
+from temper.serve.episodes import EpisodeRequest, QueuedEngine, Tasks, run_episode, turns
 from temper.serve.errors import ApiError
 from temper.serve.loaded import Loaded, OpenEngine, opener
 from temper.serve.metrics import Metrics
-from temper.serve.schema import ChatRequest, parse_request
+from temper.serve.schema import ChatRequest, parse_body, parse_request
 from temper.serve.tenancy import list_models, tenant_of
 from temper.serve.worker import Job, Worker
 
 log = logging.getLogger("temper.serve")
+Answer = Callable[[Request, AuditLine, float], Awaitable[Response]]
 
 
 class Server:
     """What one application holds: the worker, the audit file, the counters."""
 
     def __init__(
-        self, registry: Registry, alias: str, open_engine: OpenEngine, audit: Path, capture: Path | None, config: ServeConfig
+        self,
+        registry: Registry,
+        alias: str,
+        open_engine: OpenEngine,
+        audit: Path,
+        capture: Path | None,
+        config: ServeConfig,
+        environment: Environment | None,
     ) -> None:
         self.config, self.alias = config, alias
         self.audit, self.capture = JsonLines(audit), JsonLines(capture) if capture else None
-        self.metrics = Metrics()
+        self.metrics, self.tasks = Metrics(), Tasks(environment) if environment else None
         self.worker = Worker(
             registry, alias, open_engine, max_rows=config.max_rows, max_waiting=config.max_waiting, gather_s=config.gather_ms / 1000,
             poll_s=config.poll_seconds, override=config.override_deprecation,
@@ -66,11 +75,11 @@ class Server:
                 raise ApiError(413, "body_too_large", f"the body is longer than {self.config.max_body_bytes} bytes")
         return bytes(found)
 
-    async def chat(self, http: Request) -> Response:
-        """One chat completion: understood, queued, answered, written down."""
+    async def handle(self, http: Request, answer: Answer) -> Response:
+        """One request through `answer`: whatever becomes of it, it is written down."""
         started, line = time.monotonic(), AuditLine(request_id=secrets.token_hex(12), time=now(), status=200)
         try:
-            return await self._answer(http, line, started)
+            return await answer(http, line, started)
         except ApiError as error:
             refused = error
         except asyncio.CancelledError:
@@ -87,7 +96,8 @@ class Server:
             refused = error
         return JSONResponse(refused.body(), status_code=refused.status, headers={"X-Request-Id": line.request_id, **refused.headers})
 
-    async def _answer(self, http: Request, line: AuditLine, started: float) -> Response:
+    async def chat(self, http: Request, line: AuditLine, started: float) -> Response:
+        """One chat completion: understood, queued, answered."""
         request = parse_request(await self.body(http))
         loaded = self.worker.current  # the release this request begins with, and ends on
         line.release, line.stream = loaded.release.id, bool(request.stream)
@@ -97,7 +107,7 @@ class Server:
         made = plan(request, loaded, tenant, default_tokens=self.config.default_max_tokens, constrain_tools=self.config.constrain_tools)
         job = self.worker.submit(loaded, made.rows)
         sampled = await self._wait(job, http)
-        self._note(line, job, loaded, made, sampled)
+        self._note(line, job, loaded, sampled)
         answers = choices(made, loaded, tenant, sampled)
         line.finish_reason, line.schema_valid = answers[0].finish_reason, answers[0].schema_valid
         self._write(line, started)  # before a byte leaves: no answer without its audit line
@@ -116,7 +126,38 @@ class Server:
             return StreamingResponse(events, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-store"})
         return JSONResponse(completion(line.request_id, named, loaded.release.id, made, answers), headers=headers)
 
-    def tenant(self, http: Request, loaded: Loaded, request: ChatRequest) -> str | None:
+    async def episode(self, http: Request, line: AuditLine, started: float) -> Response:
+        """One task of the environment, its tools executed here, with the verifier's outcome."""
+        if self.tasks is None:
+            raise ApiError(404, "no_environment", "this server was started without an environment, so it runs no tasks")
+        request = parse_body(EpisodeRequest, await self.body(http))
+        loaded = self.worker.current
+        line.release, line.tenant = loaded.release.id, self.tenant(http, loaded, request)
+        self._require_alive(loaded)
+        task, engine = self.tasks.find(request, line.tenant), QueuedEngine(self.worker, loaded)
+        adapter = loaded.expected(line.tenant)
+        record = await asyncio.to_thread(run_episode, engine, self.tasks.environment, task, request, adapter)
+        self._note(line, engine.jobs[-1], loaded, engine.sampled)
+        require_adapter(engine.sampled, adapter)
+        line.finish_reason = engine.sampled[-1].finish_reason
+        self._write(line, started)
+        if self.capture:
+            self.capture.append(
+                served_again(record, loaded.release, tenant=line.tenant, licence=self.config.capture_licence, request_id=line.request_id)
+            )
+        body = {
+            "id": f"episode-{line.request_id}", "object": "episode", "model": request.model, "task": task.id, "slice": task.slice,
+            "messages": turns(record, task), "outcome": record.outcome.model_dump(mode="json"),
+            "usage": {"prompt_tokens": line.prompt_tokens, "completion_tokens": line.completion_tokens},
+        }  # fmt: skip
+        return JSONResponse(body, headers=self._headers(line, loaded))
+
+    def list_tasks(self) -> list[dict[str, Any]]:
+        """The tasks that may be asked for, without their answers."""
+        found = self.tasks.by_id.values() if self.tasks else ()
+        return [{"id": task.id, "object": "task", "slice": task.slice, "split": task.split, "tenant": task.tenant} for task in found]
+
+    def tenant(self, http: Request, loaded: Loaded, request: ChatRequest | EpisodeRequest) -> str | None:
         """Whose request it is. Raises ApiError."""
         return tenant_of(
             loaded.release, self.alias, model=request.model, headers=http.headers.getlist("x-tenant"),
@@ -137,13 +178,14 @@ class Server:
             if await http.is_disconnected() and job.future.cancel():
                 raise ApiError(499, "client_gone", "the client went away before its turn")
 
-    def _note(self, line: AuditLine, job: Job, loaded: Loaded, made: Plan, sampled: list[Sampled]) -> None:
+    def _note(self, line: AuditLine, job: Job, loaded: Loaded, sampled: list[Sampled]) -> None:
         """What the engine says it did: the adapter is the one stamped on the sampled rows."""
         used = {row.adapter for row in sampled}
         line.adapter = next(iter(used)) if len(used) == 1 else "mixed"
         line.adapter_hash = loaded.hash_of.get(line.adapter or "")
         line.weights, line.choices = loaded.weights_hash, len(sampled)
-        line.prompt_tokens, line.completion_tokens = made.prompt_tokens, sum(len(row.token_ids) for row in sampled)
+        prompts = {row.prompt_ids for row in sampled}  # n choices share one prompt
+        line.prompt_tokens, line.completion_tokens = sum(map(len, prompts)), sum(len(row.token_ids) for row in sampled)
         line.batch_rows, line.queued_ms = job.batch_rows, round((job.started - job.queued) * 1000, 2)
 
     def _write(self, line: AuditLine, started: float) -> None:
@@ -220,7 +262,7 @@ def create_app(
     Raises ReleaseError, IntegrityError, TemplateError or ConfigError where the release cannot be served.
     """
     config = parse_config(ServeConfig, {"alias": alias, "audit": audit, "capture": capture, **settings})
-    server = Server(registry, alias, open_engine or opener(config), audit, capture, config)
+    server = Server(registry, alias, open_engine or opener(config), audit, capture, config, environment)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -233,7 +275,15 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
-        return await server.chat(http)
+        return await server.handle(http, server.chat)
+
+    @app.post("/v1/episodes")
+    async def episodes(http: Request) -> Response:
+        return await server.handle(http, server.episode)
+
+    @app.get("/v1/tasks")
+    async def tasks() -> Response:
+        return JSONResponse({"object": "list", "data": server.list_tasks()})
 
     @app.get("/v1/models")
     async def models(http: Request) -> Response:

@@ -88,6 +88,17 @@ def served_record(
     )  # fmt: skip
 
 
+def served_again(record: Record, release: Release, *, tenant: str | None, licence: str, request_id: str) -> Record:
+    """A served episode as a Record of this release; the verifier's outcome stays with it."""
+    told = record.provenance.model_copy(
+        update={
+            "source": f"serve:{release.model_id}:{request_id}", "licence": licence, "split": "train", "privacy": "internal",
+            "access": tenant or "shared", "tenant": tenant, "generator": release.id, "synthetic": True,
+        }
+    )  # fmt: skip
+    return record.model_copy(update={"provenance": told})
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every line of an audit file. Raises DataError naming the line that is not JSON."""
     rows = []

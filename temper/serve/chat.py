@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,15 +102,16 @@ def _token_limit(asked: int | None, prompt: int, context: int, default: int) -> 
     return asked if asked is not None else min(default, room)
 
 
+def require_adapter(sampled: Iterable[Sampled], expected: str | None) -> None:
+    """Raise ApiError 500 where a row came through another adapter than the tenant's: then nothing leaves the house."""
+    if any(row.adapter != expected for row in sampled):
+        raise ApiError(500, "isolation_violation", "the answer was withheld: it came through another adapter than the tenant's")
+
+
 def choices(made: Plan, loaded: Loaded, tenant: str | None, sampled: list[Sampled]) -> list[Choice]:
-    """Sampled rows as choices. Raises ApiError 500 where a row came through another adapter than the tenant's."""
-    expected = loaded.expected(tenant)
-    found = []
-    for row in sampled:
-        if row.adapter != expected:  # never seen; if it ever is, nothing leaves the house
-            raise ApiError(500, "isolation_violation", "the answer was withheld: it came through another adapter than the tenant's")
-        found.append(_choice(made, loaded, row))
-    return found
+    """Sampled rows as choices. Raises ApiError 500 where one came through another adapter than the tenant's."""
+    require_adapter(sampled, loaded.expected(tenant))
+    return [_choice(made, loaded, row) for row in sampled]
 
 
 def _choice(made: Plan, loaded: Loaded, row: Sampled) -> Choice:

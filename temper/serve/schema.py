@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -161,10 +161,13 @@ class ChatRequest(BaseModel):
         return wanted.json_schema.body if wanted.json_schema else None
 
 
-def parse_request(body: bytes) -> ChatRequest:
-    """A request body as a ChatRequest. Raises ApiError 400 naming the parameter at fault."""
+B = TypeVar("B", bound=BaseModel)
+
+
+def parse_body(cls: type[B], body: bytes) -> B:
+    """A request body as a `cls`. Raises ApiError 400 naming the parameter at fault."""
     try:
-        request = ChatRequest.model_validate(json.loads(body))
+        return cls.model_validate(json.loads(body))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from error
     except ValidationError as error:
@@ -173,6 +176,11 @@ def parse_request(body: bytes) -> ChatRequest:
         if fault["type"] == "extra_forbidden":
             raise ApiError(400, "unknown_parameter", f"unknown parameter {param!r}: this server does not honour it", param=param) from error
         raise ApiError(400, "invalid_value", f"{param}: {fault['msg']} (got {str(fault.get('input'))[:80]!r})", param=param) from error
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """A chat request's body. Raises ApiError 400 naming the parameter at fault."""
+    request = parse_body(ChatRequest, body)
     _require_consistent(request)
     return request
 
