@@ -1,0 +1,48 @@
+"""Matrix products in float32 by the library that is fast on this machine.
+
+PyTorch sends float32 products on a CPU to MKL, which runs at about half the rate of oneDNN on processors
+that are not Intel's. The choice is by vendor, never by a stopwatch: the same machine gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SMALLEST = 1 << 20  # multiply-adds: below this the reordering of operands costs more than it saves
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether float32 products on this CPU go through oneDNN: x86 that is not Intel's, with oneDNN built in."""
+    cpuinfo = Path("/proc/cpuinfo")
+    amd = cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
+    return amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def times_transposed(left_N_K: Tensor, right_M_K: Tensor) -> Tensor:
+    """`left @ right.T`, outside autograd."""
+    large = left_N_K.shape[0] * left_N_K.shape[1] * right_M_K.shape[0] >= SMALLEST
+    if large and left_N_K.dtype is torch.float32 and left_N_K.device.type == "cpu" and onednn_is_faster():
+        return torch.ops.mkldnn._linear_pointwise(left_N_K, right_M_K.contiguous(), None, "none", [], "")
+    return F.linear(left_N_K, right_M_K)
+
+
+def times(left_N_K: Tensor, right_K_M: Tensor) -> Tensor:
+    """`left @ right`, outside autograd."""
+    return times_transposed(left_N_K, right_K_M.T)
+
+
+def accurate_times_transposed(left_N_K: Tensor, right_M_K: Tensor, dtype: torch.dtype) -> Tensor:
+    """`left @ right.T` as float32 (float64 for float64): inputs may be rounded to `dtype`, the result is not.
+
+    A CPU has no product of bfloat16 with a float32 result, so there the operands stay float32.
+    """
+    if dtype is torch.bfloat16 and left_N_K.is_cuda:
+        return torch.mm(left_N_K.to(dtype), right_M_K.to(dtype).T, out_dtype=torch.float32)
+    wide = torch.float64 if left_N_K.dtype is torch.float64 else torch.float32
+    return times_transposed(left_N_K.to(wide), right_M_K.to(wide))
