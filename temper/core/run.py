@@ -28,12 +28,13 @@ from temper.core.hashing import hash_folder, hash_value
 from temper.core.storage import disk_errors, read_json, verify_folder, whole_folder, write_json, write_text
 
 KEEP_CHECKPOINTS = 2
+TRAINING_ROOMS = ("data", "policy", "rollout", "train", "environments")  # the code that can change a weight
 PINNED = ("torch", "transformers", "tokenizers", "llguidance", "pydantic")
 
 
 @cache
 def code_revision() -> dict[str, str]:
-    """The git commit (with a dirty flag) and the hash of the package's own source files."""
+    """The git commit, with a dirty flag."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*args: str) -> str:
@@ -42,8 +43,14 @@ def code_revision() -> dict[str, str]:
 
     commit = git("rev-parse", "HEAD") or "not a git checkout"
     dirty = "+dirty" if git("status", "--porcelain", "--", str(root)) else ""
-    sources = {name: digest for name, digest in hash_folder(root).items() if name.endswith(".py")}
-    return {"commit": commit + dirty, "source": hash_value(sources)}
+    return {"commit": commit + dirty}
+
+
+@cache
+def source_hash(*rooms: str) -> str:
+    """The hash of the source files of `rooms`: work is done again when code that could change it did."""
+    root = Path(__file__).resolve().parents[1]
+    return hash_value({room: {name: digest for name, digest in hash_folder(root / room).items() if not name.endswith(".pyc")} for room in rooms})
 
 
 def versions() -> dict[str, str]:
@@ -64,12 +71,12 @@ class RunDirectory:
         self.path, self.key = path, key
 
     @classmethod
-    def create(cls, path: Path, *, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> RunDirectory:
-        """Open `path` for the work that `config` (resolved) and `inputs` (name -> content hash) define.
+    def create(cls, path: Path, *, stage: str, config: dict[str, Any], inputs: dict[str, str], rooms: tuple[str, ...] = TRAINING_ROOMS) -> RunDirectory:
+        """Open `path` for the work that `config` (resolved), `inputs` (name -> content hash) and the code of `rooms` define.
 
         Work of another key that stands there is removed: its outputs would be taken for this one's.
         """
-        key = hash_value({"stage": stage, "config": config, "inputs": inputs, "source": code_revision()["source"]})
+        key = hash_value({"stage": stage, "config": config, "inputs": inputs, "source": source_hash(*rooms)})
         run = cls(path, key)
         described = path / "stage.json"
         if described.is_file() and read_json(described)["key"] != key:
