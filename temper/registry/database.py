@@ -55,6 +55,8 @@ def _upgrade(engine: sa.Engine) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with engine.begin() as connection:
         config.attributes["connection"] = connection
+        if engine.dialect.name == "sqlite":  # its driver begins no transaction for DDL: without one, a kill leaves half a schema
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         try:
             command.upgrade(config, "head")
         except CommandError as error:

@@ -47,7 +47,7 @@ class Worker:
         self.current = load_release(registry, alias, open_engine, override=override)
         self.swaps, self.batches, self.rows = 0, 0, 0
         self.fault: str | None = None
-        self._failed: tuple[str, float] | None = None
+        self._failed = ("", 0.0)  # which release could not be loaded, and when
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._poll_now, self._closed = threading.Event(), threading.Event()
@@ -133,6 +133,8 @@ class Worker:
             return
         try:
             sampled = jobs[0].loaded.engine.sample(requests)
+            if len(sampled) != len(requests):
+                raise RuntimeError(f"the engine answered {len(sampled)} of {len(requests)} rows")
             self.batches, self.rows = self.batches + 1, self.rows + len(requests)
         except Exception as error:
             if len(jobs) == 1:
@@ -159,20 +161,21 @@ class Worker:
 
     def _follow_alias(self) -> None:
         """Load what the alias points at, if that changed. A release that fails to load leaves the old one serving."""
+        wanted = ""
         try:
-            wanted = self.registry.current(self.alias)
-            if wanted is None or wanted == self.current.release.id:
-                self.fault, self._failed = None, None
+            wanted = self.registry.current(self.alias) or self.current.release.id
+            if wanted == self.current.release.id:
+                self.fault, self._failed = None, ("", 0.0)
                 return
-            if self._failed and self._failed[0] == wanted and time.monotonic() - self._failed[1] < RETRY_S:
+            if self._failed[0] == wanted and time.monotonic() - self._failed[1] < RETRY_S:
                 return
             loaded = load_release(self.registry, wanted, self.open_engine, override=self.override)
-        except Exception as error:
-            told = error.what if isinstance(error, TemperError) else f"{type(error).__name__}: {error}"
+        except Exception as error:  # whatever it is, the release that serves goes on serving
+            told = str(error) if isinstance(error, TemperError) else f"{type(error).__name__}: {error}"
             self.fault = f"alias {self.alias!r} moved, but its release could not be loaded: {told}"
-            self._failed = (wanted or "", time.monotonic()) if "wanted" in locals() else None
+            self._failed = (wanted, time.monotonic())
             log.error("%s; release %s goes on serving", self.fault, self.current.release.id[:16])
             return
         log.warning("release %s replaces %s (loaded in %.1f s)", loaded.release.id[:16], self.current.release.id[:16], loaded.seconds)
-        self.current, self.fault, self._failed = loaded, None, None
+        self.current, self.fault, self._failed = loaded, None, ("", 0.0)
         self.swaps += 1
