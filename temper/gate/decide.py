@@ -62,7 +62,7 @@ def nothing_matches(line: str, metric: str, required: str) -> list[Finding]:
 
 def judge_target(target: Target, candidate: Report, rule: GateRule, label: str) -> list[Finding]:
     """One finding a metric: the figure (or the whole interval) within `min` and `max`."""
-    where = "interval" if target.on == "bound" else "figure"
+    where = "interval" if target.by == "bound" else "figure"
     limits = [f"{word} {limit:g}" for word, limit in (("at least", target.min), ("at most", target.max)) if limit is not None]
     required = f"{where} {' and '.join(limits)}"
     findings = []
@@ -85,7 +85,7 @@ def within(target: Target, measure: Measure) -> tuple[Status, str]:
     if not low_limit <= value <= high_limit:
         limit = low_limit if value < low_limit else high_limit
         return "fail", f"{shown(value)} misses {limit:g} by {shown(abs(value - limit))}"
-    if target.on == "point":
+    if target.by == "point":
         return "pass", "the figure is within the limit; its interval was not asked for"
     if measure.low is None or measure.high is None:
         return "unknown", f"the figure has no interval ({measure.method or 'none given'})"
@@ -125,7 +125,7 @@ def above(value: float | None, low: float | None, limit: float, method: str) -> 
 
 def judge_growth(line: Growth, candidate: Report, baseline: Report | None, rule: GateRule) -> list[Finding]:
     """One finding a metric: its growth over the baseline stays within `max_growth`."""
-    required, findings = f"growth at most {line.max_growth:.0%} ({line.on})", []
+    required, findings = f"growth at most {line.max_growth:.0%} ({line.by})", []
     for metric in expand(line.metric, candidate, baseline):
         paired = against(line, metric, candidate, baseline, rule, grown(1 - rule.alpha))
         if isinstance(paired, str):
@@ -135,7 +135,7 @@ def judge_growth(line: Growth, candidate: Report, baseline: Report | None, rule:
             ratio = paired.difference if paired.difference is not None else math.inf
             if ratio > line.max_growth:
                 status, reason = "fail", f"it grew by {ratio:.0%}"
-            elif line.on == "point":
+            elif line.by == "point":
                 status, reason = "pass", "the figure is within the limit; its interval was not asked for"
             elif paired.high is None:
                 status, reason = "unknown", f"the growth has no interval ({paired.method})"
@@ -187,7 +187,7 @@ def judge_improvements(lines: Iterable[Improvement], candidate: Report, baseline
 
 def judge_student(line: StudentKeep, student: Report, teacher: Report | None, rule: GateRule) -> list[Finding]:
     """One finding a slice: the mean of student − share·teacher, paired by case, is not below zero."""
-    required, findings = f"student keeps {line.share:.0%} of the teacher ({line.on})", []
+    required, findings = f"student keeps {line.share:.0%} of the teacher ({line.by})", []
     fewest = line.min_count or rule.min_count
     for metric in expand(f"slice:*.{line.metric}", student, teacher):
         paired = pair(metric, student, teacher, kept(1 - rule.alpha, line.share), role="teacher", fewest=fewest, coverage=rule.coverage)
@@ -195,7 +195,7 @@ def judge_student(line: StudentKeep, student: Report, teacher: Report | None, ru
         scores = f"student {described_measure(ours)}, teacher {described_measure(theirs)}"
         if isinstance(paired, str):
             status, reason = "unknown", paired
-        elif line.on == "point" and paired.difference is not None and paired.difference >= -1e-12:
+        elif line.by == "point" and paired.difference is not None and paired.difference >= -1e-12:
             status, reason = "pass", "the figure suffices; its interval was not asked for"
         else:
             status, reason = above(paired.difference, paired.low, -1e-12, paired.method)

@@ -14,7 +14,19 @@ from temper.core.reports import Dimension
 Basis = Literal["bound", "point"]
 
 
-class Line(Config):
+class Judged(Config):
+    """A part of a rule that may say `by`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def no_bare_on(cls, line: Any) -> Any:
+        """YAML 1.1 reads a bare `on` as true: say so, where it would only say that keys should be strings."""
+        if isinstance(line, dict) and (True in line or "on" in line):
+            raise ValueError("the key for bound or point is `by` (YAML reads a bare `on` as true)")
+        return line
+
+
+class Line(Judged):
     """One line of a rule about one `metric`: `dimension.name`, `slice:NAME.name`, or `slice:*.name` for every slice.
 
     `min_count` overrides the rule's own for this line.
@@ -40,11 +52,11 @@ class Line(Config):
 
 
 class Target(Line):
-    """The metric must reach `min` and not pass `max`; `on: bound` asks it of the 95% interval, `point` of the figure."""
+    """The metric must reach `min` and not pass `max`; `by: bound` asks it of the 95% interval, `point` of the figure."""
 
     min: float | None = None
     max: float | None = None
-    on: Basis
+    by: Basis
 
     @model_validator(mode="after")
     def has_limit(self) -> Target:
@@ -66,7 +78,7 @@ class Growth(Line):
     """The metric may grow over the baseline by at most `max_growth` (0.2 is 20%), on the interval or the figure."""
 
     max_growth: float = Field(gt=-1, allow_inf_nan=False)
-    on: Basis
+    by: Basis
     coverage: float | None = Field(default=None, gt=0, le=1)
 
 
@@ -76,12 +88,12 @@ class Improvement(Line):
     coverage: float | None = Field(default=None, gt=0, le=1)
 
 
-class StudentKeep(Config):
+class StudentKeep(Judged):
     """In every slice of the teacher the student must keep `share` of the teacher's `metric`."""
 
     share: float = Field(gt=0, le=1)
     metric: str
-    on: Basis
+    by: Basis
     min_count: int | None = Field(default=None, ge=1)
 
 
