@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from temper.core.errors import DataError
 from temper.core.records import Message, Split
@@ -117,9 +117,18 @@ class NullProbe:
 
 
 def null_policy_probe(
-    environment: Environment, split: Split, *, floor: float, limit: int | None = None, policies: dict[str, Policy] | None = None
+    environment: Environment,
+    split: Split,
+    *,
+    floor: float,
+    luck: float = 0.0,
+    limit: int | None = None,
+    policies: dict[str, Policy] | None = None,
 ) -> NullProbe:
-    """Run answers that solve nothing through `environment.verify`; each must score at most `floor` on every task."""
+    """Run answers that solve nothing through `environment.verify`; each must score at most `floor`.
+
+    `luck` is the share of tasks where a null answer may be right by chance, as a constant number may.
+    """
     tasks = list(environment.tasks(split))[:limit]
     if not tasks:
         raise DataError(f"environment {environment.name!r} has no task in split {split!r}", do="choose a split that it has")
@@ -127,15 +136,22 @@ def null_policy_probe(
     judged, findings = {}, []
     for name, policy in (policies or NULL_POLICIES).items():
         rewards = {task.id: reward for task in tasks if (reward := reward_of(environment, task, policy(task))) is not None}
-        over = [task for task, reward in rewards.items() if reward > floor]
         scores[name], judged[name] = (sum(rewards.values()) / len(rewards) if rewards else None), len(rewards)
-        status = "unknown" if not rewards else "fail" if over else "pass"
-        reason = f"paid on {names(over)}" if over else "every task at the floor" if rewards else "the verifier judged no task"
-        observed = f"highest {max(rewards.values()):g} over {len(rewards)} tasks" if rewards else "nothing judged"
-        findings.append(
-            Finding(rule=f"null policy: {name}", status=status, observed=observed, required=f"at most {floor:g}", reason=reason)
-        )  # type: ignore[arg-type]
+        findings.append(null_finding(name, rewards, floor, luck))
     return NullProbe(scores, judged, tuple(findings))
+
+
+def null_finding(name: str, rewards: dict[str, float], floor: float, luck: float) -> Finding:
+    """The finding of one null policy; `unknown` where the verifier judged none of its answers."""
+    rule, required = f"null policy: {name}", f"at most {floor:g}" + (f" but for {luck:.0%} of tasks" if luck else "")
+    if not rewards:
+        return Finding(rule=rule, status="unknown", observed="nothing judged", required=required, reason="the verifier judged no task")
+    over = [task for task, reward in rewards.items() if reward > floor]
+    observed = f"highest {max(rewards.values()):g}, above the floor in {len(over)} of {len(rewards)} tasks"
+    status: Literal["pass", "fail"] = "fail" if len(over) > luck * len(rewards) else "pass"
+    return Finding(
+        rule=rule, status=status, observed=observed, required=required, reason=f"paid on {names(over)}" if over else "at the floor"
+    )
 
 
 def reward_of(environment: Environment, task: Task, turns: tuple[Message, ...]) -> float | None:
