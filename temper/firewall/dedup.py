@@ -47,11 +47,12 @@ class NearDuplicates(Config):
 def content_hash(record: Record) -> str:
     """The hash of what is said in a record: roles, texts and calls; not ids, provenance or white space."""
     pair = record.preference
-    sides = [[_content(message) for message in side] for side in ((pair.chosen, pair.rejected) if pair else ())]
-    return hash_value([[_content(message) for message in record.messages], sides])
+    sides = [[spoken(message) for message in side] for side in ((pair.chosen, pair.rejected) if pair else ())]
+    return hash_value([[spoken(message) for message in record.messages], sides])
 
 
-def _content(message: Message) -> list[object]:
+def spoken(message: Message) -> list[object]:
+    """What a message says: role, texts and calls, whatever its ids and white space."""
     calls = [[call.name, tidy(call.arguments) if isinstance(call.arguments, str) else call.arguments] for call in message.tool_calls]
     return [message.role, tidy(message.content), tidy(message.reasoning or ""), calls]
 

@@ -220,7 +220,8 @@ def pieces(record: Record) -> list[tuple[str, str]]:
                 walk(call.arguments, gather, f"{place}.{call.name}")
     if pair and pair.reason:
         found.append(("reason", pair.reason))
-    walk({"outcome": record.outcome.detail, "error": record.outcome.error or ""}, gather, "")
+    walk(record.outcome.detail, gather, "outcome")
+    found.append(("outcome.error", record.outcome.error or ""))
     return found
 
 

@@ -22,9 +22,8 @@ from temper.core.config import Config
 from temper.core.hashing import canonical_json
 from temper.core.records import Message, Record, Split
 from temper.firewall.contamination import Overlap
-from temper.firewall.dedup import NearDuplicates
+from temper.firewall.dedup import NearDuplicates, spoken
 from temper.firewall.privacy import PERSONAL, SECRETS, scan
-from temper.firewall.text import tidy
 
 LICENCES = (
     "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT", "ODC-By-1.0", "PDDL-1.0", "Unlicense",
@@ -69,7 +68,7 @@ def check_schema(record: Record, rules: AdmissionRules) -> str | None:
         return _conversation_fault(record, record.messages, need_training=True) or _sampled_fault(record)
     if not record.messages:
         return "a preference pair without a prompt"
-    if pair.chosen == pair.rejected or [tidy(str(_spoken(m))) for m in pair.chosen] == [tidy(str(_spoken(m))) for m in pair.rejected]:
+    if list(map(spoken, pair.chosen)) == list(map(spoken, pair.rejected)):
         return "chosen and rejected say the same"
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         fault = _conversation_fault(record, record.messages + side, need_training=False)
@@ -78,10 +77,6 @@ def check_schema(record: Record, rules: AdmissionRules) -> str | None:
         if fault:
             return f"{name}: {fault}"
     return None
-
-
-def _spoken(message: Message) -> tuple[object, ...]:
-    return message.role, message.content, message.reasoning, [(call.name, call.arguments) for call in message.tool_calls]
 
 
 def _conversation_fault(record: Record, messages: tuple[Message, ...], *, need_training: bool) -> str | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from temper.core.records import Message, Role, ToolCall, ToolSpec
-from temper.traces.rows import Row, check_text, describe
+from temper.traces.rows import Row, check_text, describe, strict_json
 
 ROLES: dict[str, Role] = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool",
@@ -150,13 +149,9 @@ def _without_nulls(row: Row, value: Any, name: str) -> Any:
 
 def parse_arguments(text: str) -> dict[str, Any] | str:
     """JSON text as the object it spells, or the raw text where it spells none: nothing is guessed."""
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(constant)
-
     try:
-        value = json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError):
+        value = strict_json(text)
+    except ValueError:
         return text
     return value if isinstance(value, dict) else text
 
@@ -240,8 +235,8 @@ def _tagged(row: Row, role: Role, text: str, name: str, train: bool | None) -> l
 def _json_calls(row: Row, text: str, name: str) -> tuple[ToolCall, ...]:
     """The calls that JSON text spells: one object, or a list of them. Raises DataError where it is no JSON."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = strict_json(text)
+    except ValueError as error:
         why = f"{error}: {text[:60]!r}"
         raise row.fault(f"{name} is a function call that is not JSON", why=why, do='write {"name": …, "arguments": {…}}') from error
     items = value if isinstance(value, list) else [value]
@@ -252,7 +247,7 @@ def tool_specs(row: Row, value: Any) -> tuple[ToolSpec, ...]:
     """The `tools` field: OpenAI's list, bare {name, description, parameters} objects, or either as JSON text."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = strict_json(value)
         except ValueError as error:
             raise row.fault("'tools' is text that is not JSON", why=str(error), do="write a list of tools") from error
     if value in (None, "", []):

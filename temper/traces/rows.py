@@ -50,7 +50,7 @@ class Row:
             )
 
     def text(self, key: str, *, default: str | None = None) -> str:
-        """The text at `key`; `default` where it is absent or null. Raises DataError on another type or broken Unicode."""
+        """The text at `key`; `default` where it is absent or null. Raises DataError on another type."""
         value = self.value.get(key)
         if value is None and default is not None:
             return default
@@ -58,16 +58,9 @@ class Row:
 
 
 def check_text(row: Row, value: Any, name: str) -> str:
-    """`value` as text. Raises DataError where it is not, or holds half of a surrogate pair, which no file can store."""
+    """`value`, which must be text. Raises DataError where it is not."""
     if not isinstance(value, str):
         raise row.fault(f"{name!r} holds {describe(value)}", why="text is needed there", do=f"make {name!r} a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        bad = f"U+{ord(value[error.start]):04X} at character {error.start}"
-        raise row.fault(
-            f"{name!r} holds a lone surrogate", why=f"{bad} is half of a pair and not valid text", do="repair the row's encoding"
-        ) from error
     return value
 
 
@@ -98,20 +91,32 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from _line_rows(path)
 
 
-def _parse(text: str, where: str) -> Any:
-    """JSON text as a value; DataError on bad JSON, NaN or Infinity, and nesting too deep to read."""
+def strict_json(text: str) -> Any:
+    """JSON text as a value. Raises ValueError on bad JSON, and on what Python reads and no file should hold:
+    NaN, Infinity, half of a surrogate pair, and nesting too deep to walk."""
 
     def refuse(name: str) -> Any:
-        raise DataError(f"{where}: holds {name}", why="JSON has no such number", do="write null, or leave the field out")
+        raise ValueError(f"holds {name}, and JSON has no such number")
 
     try:
-        return json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON", why=f"{error.msg} at column {error.colno}: {text[:60]!r}", do="write one JSON object a line"
-        ) from error
+        value = json.loads(text, parse_constant=refuse)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds a lone surrogate (U+{ord(error.object[error.start]):04X}), which is no character") from error
     except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply to read", do="flatten the row") from error
+        raise ValueError("nested too deeply to read") from error
+    return value
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return strict_json(text)
+    except json.JSONDecodeError as error:
+        why = f"{error.msg} at column {error.colno}: {text[:60]!r}"
+        raise DataError(f"{where}: not JSON", why=why, do="write one JSON object a line") from error
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON that can be kept", why=str(error), do="repair the row, or leave the field out") from error
 
 
 def _decode(content: bytes, where: str) -> str:
