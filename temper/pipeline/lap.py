@@ -1,0 +1,143 @@
+"""One lap of the ring, from admitted data to a served release, as a pipeline file spells it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from temper.core.config import apply_overrides, interpolate, load_config, read_yaml
+from temper.core.errors import TemperError
+from temper.core.reports import Report
+from temper.core.storage import write_json, write_text
+from temper.environments import load_environment
+from temper.pipeline import data as data_stage
+from temper.pipeline.config import PipelineConfig, StageRef, beside
+from temper.pipeline.measure import measure_phase
+from temper.pipeline.release import exercise, judge, register
+from temper.pipeline.summary import build_report, diagnose_phase
+from temper.train import load_stage
+
+console = Console(stderr=True)
+SHOWN = (  # the columns of the closing table
+    ("schema", "instruction.schema_validity"), ("tool prec.", "tools.precision"), ("tool recall", "tools.recall"), ("supported", "grounding.supported_claim_rate"),
+    ("refusal rec.", "safety.refusal_recall"), ("over-refusal", "safety.over_refusal"), ("discrepancies", "reasoning.discrepancy_solved"), ("task success", "instruction.task_success"),
+)  # fmt: skip
+
+
+def run(path: Path, overrides: list[str] | None = None, *, dry_run: bool = False) -> dict[str, Any]:
+    """Run the pipeline file at `path`; return what it found. Work that is done is not done again, and it says so.
+
+    `dry_run` prints the resolved config, the plan and the estimates of tokens, memory and time, and trains nothing.
+    """
+    path, overrides = Path(path), overrides or []
+    cfg = load_config(PipelineConfig, path, overrides)
+    if dry_run:
+        return plan(cfg, path)
+    started = time.monotonic()
+    environment = load_environment(cfg.environment, **cfg.environment_options)
+    run_stage(cfg, path, cfg.data)
+    reports: dict[str, Report] = {}
+    for phase in cfg.phases:
+        console.rule(phase.title)
+        for reference in phase.stages:
+            run_stage(cfg, path, reference)
+        previous = reports.get(phase.against or next(reversed(reports), ""))
+        reports[phase.name] = measure_phase(cfg, phase, environment, "dev", previous, cfg.limit)
+    outcome = conclude(cfg, path, environment, reports)
+    html = build_report(cfg, path, reports, outcome, seconds=time.monotonic() - started)
+    write_text(Path(cfg.report), html)
+    summary = {"report": cfg.report, "verdict": outcome["verdict"].decision, "seconds": round(time.monotonic() - started, 1)}
+    write_json(Path(cfg.run) / "summary.json", summary | {key: outcome[key] for key in ("served", "release", "student_verdict") if key in outcome})
+    print_table(cfg, reports, outcome)
+    return summary
+
+
+def resolved(cfg: PipelineConfig, path: Path, reference: StageRef) -> dict[str, Any]:
+    """A stage file's keys with the pipeline's run folder and overrides in place."""
+    return interpolate(apply_overrides(read_yaml(beside(path, reference)), [f"run={cfg.run}", *reference.set]))
+
+
+def stage_module(name: str) -> Any:
+    """The module behind a stage file's `stage:` key."""
+    return data_stage if name == "data" else load_stage(name)
+
+
+def run_stage(cfg: PipelineConfig, path: Path, reference: StageRef) -> dict[str, Any]:
+    """Run one stage file as it would run alone, in this pipeline's run folder."""
+    module = stage_module(resolved(cfg, path, reference)["stage"])
+    config = load_config(module.Config, beside(path, reference), [f"run={cfg.run}", *reference.set])
+    return module.run(config)
+
+
+def conclude(cfg: PipelineConfig, path: Path, environment: Any, reports: dict[str, Report]) -> dict[str, Any]:
+    """Gate on dev, one look at the sealed split, then register, serve and roll back where the gate lets it through."""
+    console.rule("Gate, release, serving")
+    release, folder = cfg.release, Path(cfg.run)
+    phase, baseline = cfg.phase(release.phase), reports[release.baseline]
+    gate = path.parent / release.gate
+    plain = phase.model_copy(update={"name": f"{phase.name}-base", "adapters": {}})
+    first_report = next((report for name, report in reports.items() if cfg.phase(name).model == phase.model and not cfg.phase(name).adapters), None)
+    if first_report is None:
+        first_report = measure_phase(cfg, plain, environment, "dev", None, cfg.limit)
+    outcome: dict[str, Any] = {
+        "verdict": judge(gate, reports[release.phase], baseline, folder / "verdict.json"),
+        "first_verdict": judge(gate, first_report, baseline, folder / "verdict-base.json"),
+        "diagnoses": {item.name: diagnose_phase(item, reports, cfg) for item in cfg.phases if item.targets},
+    }
+    sealed_phases = [cfg.phase(name) for name in dict.fromkeys((release.baseline, release.phase, release.student)) if name]
+    outcome["sealed"] = {item.name: measure_phase(cfg, item, environment, "test", None, cfg.sealed_limit) for item in sealed_phases}
+    if release.student and release.student_gate:
+        outcome["student_verdict"] = judge(
+            path.parent / release.student_gate, reports[release.student], baseline, folder / "verdict-student.json", teacher=teacher_report(cfg, reports)
+        )
+    first = register(cfg, plain, first_report, outcome["first_verdict"])
+    second = register(cfg, phase, reports[release.phase], outcome["verdict"], parents=(first.id,))
+    outcome["release"] = second.id
+    outcome["lineage_of"] = second
+    if outcome["verdict"].decision == outcome["first_verdict"].decision == "promote":
+        outcome["served"] = exercise(cfg, first, second, environment)
+    else:
+        console.print(f"the gate says {outcome['verdict'].decision}; nothing is promoted or served")
+    return outcome
+
+
+def teacher_report(cfg: PipelineConfig, reports: dict[str, Report]) -> Report:
+    """The report of the phase that taught the student: the one the student phase is compared with."""
+    student = cfg.phase(str(cfg.release.student))
+    return reports[student.against or cfg.release.phase]
+
+
+def plan(cfg: PipelineConfig, path: Path) -> dict[str, Any]:
+    """The resolved config, every step in order, and what each is estimated to cost where its inputs are there already."""
+    steps: list[dict[str, Any]] = []
+    for name, reference in [("data", cfg.data), *((phase.name, item) for phase in cfg.phases for item in phase.stages)]:
+        values = resolved(cfg, path, reference)
+        module = stage_module(values["stage"])
+        config = load_config(module.Config, beside(path, reference), [f"run={cfg.run}", *reference.set])
+        step: dict[str, Any] = {"phase": name, "config": str(beside(path, reference)), "stage": values["stage"], "out": config.out, "resolved": config.model_dump(mode="json")}
+        if hasattr(module, "estimate"):
+            try:
+                step["estimate"] = module.estimate(config).model_dump(mode="json")
+            except TemperError as error:
+                step["estimate"] = f"not yet: {error.what}"
+        steps.append(step)
+    return {"run": cfg.run, "config": cfg.model_dump(mode="json"), "steps": steps, "evaluations": [phase.name for phase in cfg.phases]}
+
+
+def print_table(cfg: PipelineConfig, reports: dict[str, Report], outcome: dict[str, Any]) -> None:
+    """The closing table: a row a phase, and the verdict."""
+    table = Table(title=cfg.title)
+    table.add_column("phase")
+    for heading, _ in SHOWN:
+        table.add_column(heading, justify="right")
+    rows = [(name, report) for name, report in reports.items()] + [(f"{name} (sealed)", report) for name, report in outcome["sealed"].items()]
+    for name, report in rows:
+        measures = [report.measure(metric) for _, metric in SHOWN]
+        table.add_row(name, *("–" if item is None or item.value is None else f"{item.value:.2f}" for item in measures))
+    Console().print(table)
+    Console().print(f"gate: {outcome['verdict'].decision}   report: {cfg.report}")
+

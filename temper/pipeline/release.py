@@ -1,0 +1,159 @@
+"""From a passing verdict to a served release and back: gate, register, promote, serve, roll back."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from temper.core.config import load_config
+from temper.core.errors import MissingDependency
+from temper.core.hashing import stream_seed
+from temper.core.records import Message, ToolCall
+from temper.core.reports import Report, Verdict
+from temper.core.storage import folder_hash, read_json, write_json
+from temper.gate.decide import decide
+from temper.gate.rule import GateRule
+from temper.pipeline.config import Phase, PipelineConfig
+from temper.registry import Registry
+from temper.registry.release import AccessPolicy, Release
+from temper.serve.audit import read_lines
+from temper.serve.config import ServeConfig
+from temper.serve.server import app_for, serving
+
+CLIENTS = 16
+
+
+def judge(rule_path: Path, candidate: Report, baseline: Report | None, out: Path, *, teacher: Report | None = None) -> Verdict:
+    """The gate's verdict, written to `out`."""
+    verdict = decide(candidate, baseline, load_config(GateRule, rule_path), teacher=teacher)
+    write_json(out, verdict)
+    return verdict
+
+
+def register(cfg: PipelineConfig, phase: Phase, report: Report, verdict: Verdict, parents: tuple[str, ...] = ()) -> Release:
+    """The complete snapshot of a phase in the registry: weights, adapters, manifests, report, verdict."""
+    data = Path(cfg.run) / "data"
+    manifests = {path.parent.name: folder_hash(path.parent) for path in sorted(data.glob("*/manifest.json"))}
+    reward = {"verifier": report.settings["environment_version"]}
+    return Registry(cfg.release.registry).register(
+        model_id=cfg.release.model_id, base_model_id=cfg.release.base_model_id, weights=Path(phase.model),
+        adapters={tenant: Path(path) for tenant, path in phase.adapters.items()}, parents=parents, training_data_manifest=manifests,
+        reward_manifest=reward, eval_manifest={report.split: report.suite_hash}, policy_manifest=stage_keys(cfg), report=report, verdict=verdict,
+        access_policy=AccessPolicy(tenants=tuple(phase.adapters)),
+    )  # fmt: skip
+
+
+def stage_keys(cfg: PipelineConfig) -> dict[str, str]:
+    """Every training stage of the run by the hash of its config, inputs and code."""
+    described = sorted(Path(cfg.run).glob("*/stage.json"))
+    return {path.parent.name: read_json(path)["key"] for path in described}
+
+
+def exercise(cfg: PipelineConfig, first: Release, second: Release, environment: Any) -> dict[str, Any]:
+    """Promote both releases in turn, serve, route mixed tenants, roll back under the running server, and go forward again."""
+    registry, alias, reason = Registry(cfg.release.registry), cfg.release.alias, f"pipeline {cfg.run}"
+    registry.promote(first.id, alias, reason=reason)
+    registry.promote(second.id, alias, reason=reason)
+    audit = Path(cfg.run) / "serve" / "audit.jsonl"
+    audit.unlink(missing_ok=True)
+    settings = ServeConfig(registry=Path(cfg.release.registry), alias=alias, audit=audit, capture=Path(cfg.run) / "serve" / "captured.jsonl", poll_seconds=0.2)
+    with serving(app_for(settings, environment)) as url:
+        shown = conversation(url, environment, second)
+        routing = route_mixed(url, environment, second, cfg.release.routing_requests)
+        started = time.monotonic()
+        registry.rollback(alias, reason="rollback exercised by the pipeline")
+        back = wait_for(url, first.id)
+        seconds = time.monotonic() - started
+        registry.promote(second.id, alias, reason="forward again after the rollback exercise")
+        forward = wait_for(url, second.id)
+    routing |= misrouted(audit, second)
+    check = registry.rollback_check(second.id, previous=first.id)
+    return {
+        "conversation": shown, "routing": routing,
+        "rollback": {"to": first.id, "worked": back and forward, "seconds": round(seconds, 2), "check": check.model_dump(mode="json")},
+        "history": [event.model_dump(mode="json") for event in registry.history(alias)],
+    }  # fmt: skip
+
+
+def openai_client(url: str) -> Any:
+    """The real OpenAI client, pointed at our server. Raises MissingDependency."""
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise MissingDependency("the package `openai` is absent", why="the pipeline talks to its server through the real client", do="pip install 'temper[demo]'") from error
+    return OpenAI(base_url=url, api_key="unused", max_retries=0, timeout=120)
+
+
+def conversation(url: str, environment: Any, release: Release) -> list[dict[str, Any]]:
+    """One tool conversation through the real client: ask, run the tools the model calls, and hand their results back."""
+    client = openai_client(url)
+    task = next(task for task in environment.tasks("dev", 4) if task.slice == "lookup")
+    messages: list[dict[str, Any]] = [openai_message(message) for message in task.messages]
+    tools = [spec.openai() for spec in task.tools]
+    session = environment.open(task)
+    for _ in range(task.max_turns):
+        reply = client.chat.completions.create(
+            model=client.models.list().data[0].id, messages=messages, tools=tools, temperature=0, max_tokens=task.max_tokens, extra_headers={"X-Tenant": task.tenant} if release.adapters else {}
+        )
+        message = reply.choices[0].message
+        messages.append(message.model_dump(exclude_none=True))
+        if not message.tool_calls:
+            break
+        for call in message.tool_calls:
+            result = session.call(ToolCall(name=call.function.name, arguments=json.loads(call.function.arguments)))
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    session.close()
+    return messages
+
+
+def openai_message(message: Message) -> dict[str, Any]:
+    """A message as the OpenAI API spells it."""
+    spelt: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        spelt["tool_calls"] = [{"id": call.id, "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}} for call in message.tool_calls]
+    if message.role == "tool":
+        spelt["tool_call_id"] = message.tool_call_id
+    return spelt
+
+
+def route_mixed(url: str, environment: Any, release: Release, count: int) -> dict[str, Any]:
+    """`count` short requests of all tenants at once. The answers carry what served them; the audit is read afterwards."""
+    tasks = [task for task in environment.tasks("dev") if task.slice == "json_summary"]
+    rng = random.Random(stream_seed(0, "routing"))
+    tenants = sorted(release.adapters)
+    client = openai_client(url)
+    model = client.models.list().data[0].id
+
+    def one(number: int) -> str:
+        task = tasks[number % len(tasks)]
+        asked = [openai_message(message) for message in task.messages]
+        client.chat.completions.create(model=model, messages=asked, temperature=0, max_tokens=8, extra_headers={"X-Tenant": chosen[number]}, user=f"route-{number}")  # type: ignore[arg-type]
+        return chosen[number]
+
+    chosen = [rng.choice(tenants) for _ in range(count)] if tenants else []
+    started = time.monotonic()
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        served = list(pool.map(one, range(len(chosen))))
+    return {"requests": len(served), "seconds": round(time.monotonic() - started, 2)}
+
+
+def misrouted(audit: Path, release: Release) -> dict[str, Any]:
+    """How many audited requests were answered through an adapter whose content is not their tenant's."""
+    lines = [line for line in read_lines(audit) if line.get("tenant")]
+    wrong = [line for line in lines if line["release"] == release.id and line["adapter_hash"] != release.adapters[line["tenant"]]]
+    return {"audited": len(lines), "through_another_tenant": len(wrong)}
+
+
+def wait_for(url: str, release_id: str, seconds: float = 30.0) -> bool:
+    """Whether the running server came to serve that release in time."""
+    client = openai_client(url)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if any(release_id in json.dumps(model.model_dump()) for model in client.models.list().data):
+            return True
+        time.sleep(0.1)
+    return False
