@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -12,6 +14,7 @@ from temper.core.errors import ReleaseError
 from temper.core.hashing import hash_value
 from temper.core.records import Noun
 from temper.core.reports import Verdict
+from temper.core.storage import folder_hash
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://temper.dev/release/v1"
@@ -72,6 +75,11 @@ def artifact_hash(weights: str, adapters: dict[str, str] | None = None) -> str:
     Without adapters it is the hash of the weights folder itself.
     """
     return hash_value({"weights": weights, "adapters": adapters}) if adapters else weights
+
+
+def artifact_hash_of(weights: Path | str, adapters: Mapping[str, Path | str] | None = None) -> str:
+    """`artifact_hash` of folders on disk, by their recorded hashes: what evaluation stamps into a report as model_hash."""
+    return artifact_hash(folder_hash(Path(weights)), {tenant: folder_hash(Path(folder)) for tenant, folder in (adapters or {}).items()})
 
 
 class Release(Noun):

@@ -12,7 +12,7 @@ from temper.core.errors import IntegrityError, ReleaseError
 from temper.core.records import Manifest
 from temper.core.reports import Finding, Report, Verdict
 from temper.core.storage import whole_folder
-from temper.registry import AccessPolicy, DeprecationPlan, Registry, artifact_hash, new_key
+from temper.registry import AccessPolicy, DeprecationPlan, Registry, artifact_hash, artifact_hash_of, new_key
 from temper.registry import aliases as alias_module
 from temper.registry.release import UNIT_FIELDS
 from temper.registry.signing import verify
@@ -280,3 +280,10 @@ def test_opening_is_fast_and_the_migration_makes_exactly_the_declared_tables(reg
     started = time.monotonic()
     Registry(registry.path)
     assert time.monotonic() - started < 0.5
+
+
+def test_the_artefact_hash_of_run_folders_is_what_the_release_will_carry(make, tmp_path):
+    release = make("one", tenants=("retail_b", "bank_a"))
+    adapters = {tenant: tmp_path / f"a-one-{tenant}" for tenant in ("retail_b", "bank_a")}
+    assert artifact_hash_of(tmp_path / "w-one", adapters) == release.artifact_hash
+    assert artifact_hash_of(tmp_path / "w-one") == release.weights
