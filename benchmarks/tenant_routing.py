@@ -43,8 +43,10 @@ def make_requests(tenants: list[str | None], unique: int, total: int, max_tokens
     chance = random.Random(seed)
     prompts = [question.format(department) for question in QUESTIONS for department in DEPARTMENTS]
     made = [
-        {"tenant": tenants[i % len(tenants)], "prompt": prompts[(i // len(tenants)) % len(prompts)], "seed": i, "temperature": (0.0, 1.0)[chance.random() < 0.5],
-         "max_tokens": max_tokens}
+        {
+            "tenant": tenants[i % len(tenants)], "prompt": prompts[(i // len(tenants)) % len(prompts)], "seed": i,
+            "temperature": chance.choice((0.0, 1.0)), "max_tokens": max_tokens,
+        }
         for i in range(unique)
     ]  # fmt: skip
     chosen = [made[i % unique] for i in range(total)]
@@ -69,7 +71,9 @@ def send_all(url: str, model: str, requests: list[dict[str, Any]], clients: int)
         return list(track(pool.map(send, requests), "mixed requests", total=len(requests)))
 
 
-def say_alone(registry: Registry, release: Release, config: ServeConfig, wanted: list[dict[str, Any]], tenant: str | None) -> dict[int, list[str]]:
+def say_alone(
+    registry: Registry, release: Release, config: ServeConfig, wanted: list[dict[str, Any]], tenant: str | None
+) -> dict[int, list[str]]:
     """Request number -> what one tenant's adapter, alone in a fresh engine, answers to the request's prompt and seed."""
     from temper.core.records import Message
 
@@ -117,7 +121,7 @@ def route(
             foreign_text += any(text == alone[other][number] for other in tenants if other != tenant)
     told_apart = sum(all(alone[r["tenant"]][r["seed"]] != alone[o][r["seed"]] for o in tenants if o != r["tenant"]) for r in requests)
     return {
-        "release": release.id, "requests": total, "different_requests": len(different), "tenants": len(release.adapters), "clients": clients,
+        "release": release.id, "tenants": len(release.adapters), "requests": total, "different_requests": len(different), "clients": clients,
         "audit_names_another_adapter": wrong_hash, "answers_equal_to_another_tenants": foreign_text, "answers_not_as_alone": wrong_text,
         "requests_where_tenants_differ": told_apart, "rows_per_batch": round(rows / max(batches, 1), 2), "seconds": round(seconds, 2),
         "requests_per_second": round(total / seconds, 2),

@@ -78,7 +78,7 @@ class Registry:
             raise ReleaseError(
                 f"report {report.name!r} did not judge what is being registered",
                 why=f"it names model_hash {report.model_hash[:16]}, the artefact is {artifact[:16]}",
-                do="evaluate these weights with these adapters, and pass model_hash=registry.artifact_hash_of(weights, adapters) to the suite",
+                do="evaluate these weights with these adapters; pass model_hash=artifact_hash_of(weights, adapters) to the suite",
             )
         listing = read_json(self.store.folder(stored) / FILES)
         tokenizer = {name: value for name, value in listing.items() if TOKENIZER_FILES.match(name)}
