@@ -14,37 +14,45 @@ from temper.core.config import Config as CoreConfig
 from temper.core.errors import ConfigError
 from temper.core.hashing import hash_file
 from temper.core.records import Manifest, Provenance, Record, Refusal, Split
-from temper.core.run import RunDirectory
+from temper.core.run import TRAINING_ROOMS, RunDirectory
 from temper.environments import load_environment
 from temper.firewall.admission import admit, write_manifest
 from temper.firewall.contamination import HeldoutTask, heldout_task
 from temper.firewall.rules import AdmissionRules
+from temper.policy.model import Policy
+from temper.rollout.engine import Engine
+from temper.rollout.episodes import collect
 from temper.traces.importers import import_records
+from temper.train.stage import checkpoint_hash
 
 DATA_ROOMS = ("traces", "firewall", "environments")
 
 
 class Source(CoreConfig):
-    """Where the records of a manifest come from: `generate` (`package.module:function`) or a file `path`.
+    """Where the records of a manifest come from: a generator, a file, or a model's own episodes.
 
-    A generator is called with (seed, split, count) and `options`; a file needs `provenance`, and `format` where it
-    cannot be told from the file.
+    `generate` (`package.module:function`) is called with (seed, split, count) and `options`. A file at `path` needs
+    `provenance`, and `format` where it cannot be told from the file. `sample` is a checkpoint that answers `count`
+    tasks of the data stage's environment (`options` go to the environment); only episodes that the verifier accepts
+    are offered to admission: what a model said is data only after it passes the firewall again.
     """
 
     generate: str | None = None
-    count: int = Field(0, ge=0)
-    options: dict[str, Any] = {}
     path: str | None = None
+    sample: str | None = None
+    count: int = Field(0, ge=0)
+    temperature: float = Field(0.0, ge=0)
+    options: dict[str, Any] = {}
     format: str | None = None
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def one_origin(self) -> Source:
         """Refuse a source with no origin, or with two."""
-        if (self.generate is None) == (self.path is None):
-            raise ValueError("a source has either `generate` or `path`")
-        if self.generate is not None and self.count == 0:
-            raise ValueError("`generate` needs a `count` above 0")
+        if sum(origin is not None for origin in (self.generate, self.path, self.sample)) != 1:
+            raise ValueError("a source has exactly one of `generate`, `path` and `sample`")
+        if self.path is None and self.count == 0:
+            raise ValueError("`generate` and `sample` need a `count` above 0")
         return self
 
 
@@ -74,8 +82,11 @@ class Config(CoreConfig):
 def run(cfg: Config) -> dict[str, Any]:
     """Admit every set and write its manifest; return counts by set. Done work returns at once."""
     started = time.monotonic()
-    files = {source.path: hash_file(Path(source.path)) for item in cfg.sets.values() for source in item.sources if source.path and Path(source.path).is_file()}
-    folder = RunDirectory.create(Path(cfg.out), stage="data", config=cfg.model_dump(mode="json"), inputs=files, rooms=DATA_ROOMS)
+    sources = [source for item in cfg.sets.values() for source in item.sources]
+    inputs = {source.path: hash_file(Path(source.path)) for source in sources if source.path and Path(source.path).is_file()}
+    inputs |= {source.sample: checkpoint_hash(source.sample) for source in sources if source.sample}
+    rooms = (*TRAINING_ROOMS, *DATA_ROOMS) if any(source.sample for source in sources) else DATA_ROOMS
+    folder = RunDirectory.create(Path(cfg.out), stage="data", config=cfg.model_dump(mode="json"), inputs=inputs, rooms=rooms)
     if folder.done:
         print(f"unchanged: data in {cfg.out} (key {folder.key[:12]})")
         return folder.result()
@@ -102,6 +113,10 @@ def admit_set(name: str, item: SetConfig, cfg: Config, heldout: list[HeldoutTask
             found = list(call_generator(source, cfg.seed, item.split))
             records += found
             rows += [f"{source.generate}#{number}" for number in range(1, len(found) + 1)]
+        elif source.sample:
+            found = accepted_episodes(source, cfg, item.split)
+            records += found
+            rows += [f"{source.sample}#{number}" for number in range(1, len(found) + 1)]
         else:
             imported = import_records(Path(str(source.path)), provenance_of(source, item.split), format=source.format)
             records += imported.records
@@ -120,6 +135,25 @@ def call_generator(source: Source, seed: int, split: Split) -> Iterable[Record]:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"generator {source.generate!r} cannot be imported", why=str(error), do="write package.module:function") from error
     return generator(seed, split, source.count, **source.options)
+
+
+def accepted_episodes(source: Source, cfg: Config, split: Split) -> list[Record]:
+    """Episodes of a checkpoint on the environment's tasks that the verifier accepted, one generation deeper."""
+    if cfg.environment is None:
+        raise ConfigError(f"source {source.sample} samples, but the data stage names no environment", do="set `environment:`")
+    environment = load_environment(cfg.environment, **{**cfg.environment_options, **source.options})
+    engine = Engine(Policy.load(str(source.sample), precision="float32"))
+    tasks = environment.tasks(split)[: source.count]
+    episodes = [record for group in collect(engine, environment, tasks, temperature=source.temperature, seed=cfg.seed, constrained=True) for record in group]
+    accepted = [record for record in episodes if record.outcome.reward == 1.0]
+    return [as_data(record, str(source.sample)) for record in accepted]
+
+
+def as_data(record: Record, model: str) -> Record:
+    """An episode as training data: its text without the sampled tokens, marked as made by a model."""
+    messages = tuple(message.model_copy(update={"train": None}) for message in record.messages)
+    origin = record.provenance.model_copy(update={"synthetic": True, "generation_depth": record.provenance.generation_depth + 1, "generator": model, "parents": (record.id,)})
+    return record.model_copy(update={"messages": messages, "provenance": origin, "sampled": ()})
 
 
 def provenance_of(source: Source, split: Split) -> Provenance:
