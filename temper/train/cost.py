@@ -1,0 +1,83 @@
+"""What a step costs: operations the objective needs, and the machine's measured limit to hold them against."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from temper.data.batch import Batch
+from temper.policy.products import times_transposed
+
+FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = 2, 2, 2  # operations a weight and token
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The operations of one training step of a model, and the machine's limit in operations a second.
+
+    `body` and `body_trained` count the weights of matrices outside embeddings and head, `head` those of the
+    head; attention costs `attention` operations for each pair of positions (all layers, queries and values).
+    """
+
+    body: int
+    body_trained: int
+    head: int
+    head_trained: bool
+    attention: int
+    limit: float
+
+    @classmethod
+    def of(cls, policy: Any) -> Cost:
+        """Count the matrices of a Policy (or RewardModel) and measure the machine once a process."""
+        config = policy.model.config.get_text_config()
+        tables = {id(module.weight) for module in policy.model.modules() if isinstance(module, nn.Embedding)}
+        head = getattr(policy.model, "lm_head", None)
+        head_weight = head.weight if isinstance(head, nn.Linear) else None
+        matrices = [weight for weight in policy.model.parameters() if weight.ndim == 2 and id(weight) not in tables and weight is not head_weight]
+        width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        dtype = getattr(policy, "compute_dtype", torch.float32)
+        return cls(
+            body=sum(weight.numel() for weight in matrices),
+            body_trained=sum(weight.numel() for weight in matrices if weight.requires_grad),
+            head=head_weight.numel() if head_weight is not None else 0,
+            head_trained=bool(head_weight is not None and head_weight.requires_grad),
+            attention=4 * config.num_hidden_layers * width,
+            limit=matmul_rate(str(policy.device), dtype),
+        )
+
+    def of_counts(self, tokens: float, supervised: float, pairs: float) -> float:
+        """Operations of one forward and backward: `pairs` counts attended (query, key) pairs."""
+        body = tokens * ((FORWARD + BACKWARD_INPUT) * self.body + BACKWARD_WEIGHT * self.body_trained)
+        head = supervised * self.head * (FORWARD + BACKWARD_INPUT + BACKWARD_WEIGHT * self.head_trained)
+        return body + head + 3 * self.attention * pairs
+
+    def flops(self, batch: Batch) -> float:
+        """Operations that one batch needs, padding not counted."""
+        lengths_B = batch.attention_B_T.sum(-1).double()
+        return self.of_counts(float(lengths_B.sum()), float(batch.mask_B_T.sum()), float((lengths_B * (lengths_B + 1) / 2).sum()))
+
+
+@cache
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """The machine's measured matrix-product rate, operations a second: the best of a few products."""
+    size = 8192 if device.startswith("cuda") else 768
+    left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        synchronise(device)
+        started = time.perf_counter()
+        times_transposed(left, right)
+        synchronise(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device; a CPU has nothing to wait for."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()

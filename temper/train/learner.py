@@ -1,0 +1,231 @@
+"""`Learner`: the four verbs every stage loops over: forward_backward, optim_step, save, load.
+
+The learner owns the denominator: it is counted over the whole optimizer batch before the first backward, so
+that neither the size of a micro-batch nor the order of rows can change a gradient. It never learns the name
+of an algorithm: a loss is a function of one batch that returns sums.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from temper.core.config import Config
+from temper.core.errors import DataError, IntegrityError, ShapeError, TemperError
+from temper.core.hashing import stream_seed
+from temper.core.storage import read_json, write_json
+from temper.data.batch import Batch
+from temper.policy.losses import LossOut
+from temper.train.cost import Cost
+
+Loss = Callable[[Batch], LossOut]
+Count = Callable[[Batch], float]
+
+
+class DivergedError(TemperError, ArithmeticError):
+    """A loss or gradient that is no longer a finite number."""
+
+
+class OptimConfig(Config):
+    """AdamW (Loshchilov & Hutter 2019) with warm-up, a schedule and clipping."""
+
+    lr: float = Field(1e-3, gt=0, description="highest learning rate, reached at the end of the warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled decay of matrices; norms, biases and embeddings have none")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's first and second moment")
+    eps: float = Field(1e-8, gt=0)
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null turns clipping off")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of all steps over which the rate rises linearly")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls after the warm-up")
+    final_share: float = Field(0.1, ge=0, le=1, description="the rate at the last step, as a share of lr")
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of optimizer step `step` (from 0) of `total`."""
+        warmup = math.ceil(self.warmup_share * total)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - warmup) / max(1, total - 1 - warmup)
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if self.schedule == "cosine" else 1 - min(1.0, done)
+        return self.lr * (self.final_share + (1 - self.final_share) * left)
+
+
+class Trainable(Protocol):
+    """What a learner can train: a Policy or a RewardModel."""
+
+    version: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The module the weights belong to."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Every weight that takes a gradient, by name."""
+        ...
+
+
+def loss_weight(batch: Batch) -> float:
+    """The sum of a batch's loss weights: for weights of one, the number of supervised tokens."""
+    return float(batch.weights_B_T.sum(dtype=torch.float64))
+
+
+def rows(batch: Batch) -> float:
+    """The number of rows of a batch."""
+    return float(batch.tokens_B_T.shape[0])
+
+
+class Learner:
+    """Owns gradients, optimizer, schedule and random streams of one `policy`; `step` counts optimizer steps."""
+
+    def __init__(self, policy: Any, optim: OptimConfig, total_steps: int, *, seed: int = 0) -> None:
+        self.policy, self.optim, self.total_steps, self.seed = policy, optim, total_steps, seed
+        self.parameters: dict[str, nn.Parameter] = policy.trainable_parameters()
+        if not self.parameters:
+            raise DataError("nothing to train", why="every parameter is frozen", do="add an adapter, or load the policy without freeze_base")
+        self.optimizer = torch.optim.AdamW(decay_groups(policy.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        self.cost = Cost.of(policy)
+        self.step = 0
+        self.memory: dict[str, Any] = {}  # what a stage must remember across a resume, in JSON's types
+        self.streams: dict[str, random.Random] = {}
+        self._pending: dict[str, float] | None = None
+        torch.manual_seed(stream_seed(seed, "torch"))
+
+    def stream(self, name: str) -> random.Random:
+        """The named random stream; its state is part of a checkpoint."""
+        if name not in self.streams:
+            self.streams[name] = random.Random(stream_seed(self.seed, name))
+        return self.streams[name]
+
+    def forward_backward(self, batches: Sequence[Batch], loss: Loss, count: Count = loss_weight) -> dict[str, float]:
+        """Add the gradient of Σ loss / Σ count over all `batches` of one optimizer step; return their metrics.
+
+        `count` is taken over every batch before the first backward. Raises DataError where it is zero,
+        DivergedError where the loss is not finite, ShapeError on a second call before `optim_step`.
+        """
+        if self._pending is not None:
+            raise ShapeError("forward_backward was called twice in one optimizer step", why="each call divides by the count of its own batches",
+                             do="pass all micro-batches of the step in one call")  # fmt: skip
+        started = time.perf_counter()
+        denominator = math.fsum(count(batch) for batch in batches)
+        if denominator <= 0:
+            raise DataError(f"step {self.step} has nothing to learn from", why=f"its {len(batches)} batches hold no supervised token")
+        total, counted, sums = 0.0, 0.0, dict[str, float]()
+        for batch in batches:
+            out = loss(batch.to(self.policy.device))
+            (out.total / denominator).backward()
+            total += float(out.total.detach())
+            counted += float(out.count)
+            for name, value in out.sums.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        if not math.isfinite(total):
+            raise DivergedError(f"the loss of step {self.step} is {total}", why=f"learning rate {self.rate():.3g}, {len(batches)} batches",
+                                do="lower optim.lr, lengthen optim.warmup_share, or lower optim.clip")  # fmt: skip
+        tokens = sum(batch.tokens_real for batch in batches)
+        self._pending = {"started": started, "flops": sum(self.cost.flops(batch) for batch in batches), "tokens": tokens}
+        metrics = {name: value / max(1.0, counted) for name, value in sums.items()}
+        return {"loss": total / denominator, **metrics, "tokens": tokens, "supervised": sum(int(batch.mask_B_T.sum()) for batch in batches)}
+
+    def optim_step(self) -> dict[str, float]:
+        """Clip, step, clear the gradients, bump the policy's version; return rate, norm and speed."""
+        if self._pending is None:
+            raise ShapeError("optim_step has no gradient", do="call forward_backward first")
+        rate, clip = self.rate(), self.optim.clip
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip))
+        if not math.isfinite(norm):
+            raise DivergedError(f"the gradient norm of step {self.step} is {norm}", do="lower optim.lr, or look at the rows of this step")
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - self._pending["started"]
+        speed = {"step_s": seconds, "tokens_per_s": self._pending["tokens"] / seconds, "limit_share": self._pending["flops"] / seconds / self.cost.limit}
+        self._advance()
+        return {"lr": rate, "grad_norm": norm, **speed}
+
+    def skip(self) -> None:
+        """Count an optimizer step that had nothing to learn from; the schedule moves on."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._pending = None
+        self.step += 1
+
+    def rate(self) -> float:
+        """The learning rate of the step to come."""
+        return self.optim.rate(self.step, self.total_steps)
+
+    def _advance(self) -> None:
+        self._pending = None
+        self.step += 1
+        self.policy.version += 1
+
+    def save(self, folder: Path) -> None:
+        """Write trained weights, optimizer, step, sampler position and every random stream into `folder`."""
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in self.parameters.items()}
+        save_file(weights, folder / "trained.safetensors")
+        moments = {f"{name}|{key}": value.detach().cpu().contiguous() for name, key, value in self._moments()}
+        save_file(moments | {f"rng|{name}": state for name, state in torch_streams().items()}, folder / "optimizer.safetensors")
+        streams = {name: stream.getstate() for name, stream in self.streams.items()}
+        write_json(folder / "state.json", {"step": self.step, "total_steps": self.total_steps, "version": self.policy.version,
+                                           "streams": streams, "memory": self.memory})  # fmt: skip
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, to the bit. Raises IntegrityError where it belongs to other weights."""
+        weights, moments, state = load_file(folder / "trained.safetensors"), load_file(folder / "optimizer.safetensors"), read_json(folder / "state.json")
+        if weights.keys() != self.parameters.keys() or state["total_steps"] != self.total_steps:
+            odd = sorted(weights.keys() ^ self.parameters.keys())[:3]
+            raise IntegrityError(f"checkpoint {folder} is of another run", why=f"{state['total_steps']} steps against {self.total_steps}; weights that differ: {odd}",
+                                 do="remove the run folder and start again")  # fmt: skip
+        with torch.no_grad():
+            for name, weight in self.parameters.items():
+                weight.copy_(weights[name])
+        for key, value in moments.items():
+            name, _, field = key.rpartition("|")
+            if name != "rng":
+                weight = self.parameters[name]
+                self.optimizer.state[weight][field] = value.to(weight.device)
+        restore_torch_streams({key.removeprefix("rng|"): value for key, value in moments.items() if key.startswith("rng|")})
+        for name, (kind, values, gauss) in state["streams"].items():
+            self.stream(name).setstate((kind, tuple(values), gauss))
+        self.step, self.memory, self.policy.version = state["step"], state["memory"], state["version"]
+
+    def _moments(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name, weight in self.parameters.items():
+            for key, value in self.optimizer.state.get(weight, {}).items():
+                yield name, key, value
+
+
+def decay_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Trainable weights in two groups: matrices with weight decay; norms, biases and embeddings without."""
+    tables = {id(weight) for module in model.modules() if isinstance(module, nn.Embedding) for weight in module.parameters(recurse=False)}
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    decayed = [weight for weight in weights if weight.ndim >= 2 and id(weight) not in tables]
+    chosen = {id(weight) for weight in decayed}
+    kept = [weight for weight in weights if id(weight) not in chosen]
+    return [group for group in ({"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}) if group["params"]]
+
+
+def torch_streams() -> dict[str, Tensor]:
+    """The state of torch's own generators: the CPU's, and the current CUDA device's where there is one."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
+
+
+def restore_torch_streams(states: dict[str, Tensor]) -> None:
+    """Put torch's generators back to what `torch_streams` read."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,197 @@
+"""What every stage shares: its config, its run directory, its plan of optimizer steps, its resume.
+
+A stage is a module with `Config` and `run(cfg) -> dict`. Nothing here knows a training method.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from collections.abc import Sequence as Rows
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from temper.core.config import Config
+from temper.core.errors import DataError
+from temper.core.hashing import hash_file, hash_folder, hash_text, hash_value, stream_seed
+from temper.core.records import Manifest, Record
+from temper.core.run import RunDirectory
+from temper.core.storage import FILES, folder_hash, read_json
+from temper.data.batch import plan_batches
+from temper.data.sequence import load_manifest
+from temper.policy.adapters import LoraConfig
+from temper.policy.model import Policy
+from temper.rollout.environment import Environment
+from temper.train.learner import Learner, OptimConfig
+
+Plan = list[list[list[int]]]  # optimizer steps, each a list of micro-batches, each a list of row numbers
+
+
+class StageConfig(Config):
+    """The keys every stage knows. Paths may refer to any top-level key as `${key}`."""
+
+    stage: str = Field("", description="which stage this file configures: sft, preference, reward, rl or distill")
+    run: str = Field("runs/demo", description="the folder that the paths below refer to as ${run}")
+    out: str = Field(description="the folder this stage writes")
+    base: str = Field(description="the checkpoint it starts from: a folder, or a hub name")
+    seed: int = Field(0, description="the root of every random stream")
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = Field("auto", description="auto, cpu or cuda")
+    threads: int | None = Field(None, gt=0, description="CPU threads; null leaves torch's choice")
+    optim: OptimConfig = OptimConfig()
+    max_tokens: int = Field(1024, gt=1, description="longest row; a longer one is cut, and refused where nothing trained is left")
+    tokens_per_batch: int = Field(8192, gt=0, description="padded tokens of one micro-batch: memory, never the gradient")
+    tokens_per_step: int = Field(8192, gt=0, description="real tokens of one optimizer step")
+    epochs: float = Field(1.0, gt=0, description="passes over the rows")
+    steps: int | None = Field(None, gt=0, description="optimizer steps; overrides epochs")
+    checkpoint_every: int = Field(50, gt=0, description="optimizer steps between checkpoints")
+
+
+class AdaptableConfig(StageConfig):
+    """The keys of a stage that trains a whole model, or an adapter on it."""
+
+    lora: LoraConfig | None = Field(None, description="train an adapter of this form instead of the weights")
+    adapter: str = Field("adapter", description="the adapter's name")
+    initial_adapter: str | None = Field(None, description="folder of an adapter to go on from")
+
+    @property
+    def trains(self) -> str | None:
+        """The name of the adapter under training; None where the weights are trained."""
+        return self.adapter if self.lora or self.initial_adapter else None
+
+
+def open_run(cfg: StageConfig, stage: str, inputs: dict[str, str]) -> RunDirectory:
+    """The run directory of this work, named by the config and the `inputs`' hashes. Says so where it is already done."""
+    run = RunDirectory.create(Path(cfg.out), stage=stage, config=cfg.model_dump(mode="json"), inputs=inputs)
+    if run.done:
+        print(f"unchanged: {stage} in {cfg.out} (key {run.key[:12]})", file=sys.stderr)
+    elif cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    return run
+
+
+def checkpoint_hash(path: str) -> str:
+    """What names a checkpoint's content: its recorded hashes, its files' hashes, or its hub name."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return hash_text(path)
+    return folder_hash(folder) if (folder / FILES).is_file() else hash_value(hash_folder(folder))
+
+
+def manifest_hash(path: str) -> str:
+    """The hash of the manifest in folder `path` and of the records beside it, without reading them one by one."""
+    folder = Path(path)
+    manifest = Manifest.model_validate(read_json(folder / "manifest.json"))
+    records = folder / manifest.records_file
+    if not records.is_file():
+        raise DataError(f"{records} does not exist", why=f"{folder / 'manifest.json'} names it", do="run the admission that writes this folder")
+    return hash_value([manifest.hash, hash_file(records)])
+
+
+def load_policy(cfg: StageConfig, path: str | None = None) -> Policy:
+    """The policy at `path` (default: the stage's base) in the stage's precision, with the random streams at their start."""
+    torch.manual_seed(stream_seed(cfg.seed, "init"))
+    return Policy.load(path or cfg.base, precision=cfg.precision, device=cfg.device)
+
+
+def prepare(cfg: AdaptableConfig) -> Policy:
+    """The base with what is to be trained on it: all weights, a fresh adapter, or one to go on from."""
+    policy = load_policy(cfg)
+    policy.template.require()
+    if cfg.initial_adapter:
+        policy.freeze_base()
+        policy.load_adapter(cfg.adapter, cfg.initial_adapter)
+    elif cfg.lora:
+        policy.freeze_base()
+        policy.add_lora(cfg.adapter, cfg.lora)
+    policy.model.train()
+    return policy
+
+
+def save_trained(run: RunDirectory, policy: Policy, cfg: AdaptableConfig) -> dict[str, Any]:
+    """Write `model/` or `adapter/`, whatever was trained; return its path and hash."""
+    name = "adapter" if cfg.trains else "model"
+    with run.folder(name) as scratch:
+        if cfg.trains:
+            policy.save_adapter(cfg.trains, scratch)
+        else:
+            policy.save(scratch)
+    return {name: str(run.path / name), "hash": checkpoint_hash(str(run.path / name))}
+
+
+def load_environment(name: str, options: dict[str, Any]) -> Environment:
+    """The environment that `name` makes with `options`. Raises ConfigError where there is none of that name."""
+    # by name, not by import: a trainer knows the interface of environments and none of them
+    return importlib.import_module("temper.environments").load_environment(name, **options)
+
+
+def load_records(path: str) -> tuple[Manifest, list[Record]]:
+    """The admitted records of a manifest folder, every hash recomputed. Raises ManifestError, DataError."""
+    manifest, records = load_manifest(Path(path))
+    if not records:
+        raise DataError(f"{path} admits no record", do="look at the refusals in its manifest.json")
+    return manifest, records
+
+
+def plan_steps(lengths: Rows[int], cfg: StageConfig, *, rows_of_step: int | None = None) -> Plan:
+    """Every optimizer step of the stage, in order: which rows, in which micro-batches.
+
+    Each epoch shuffles the rows and cuts them into steps of `tokens_per_step` real tokens (or of `rows_of_step`
+    rows); inside a step rows of like length share a micro-batch. A function of the config alone, so the
+    position in it is the number of the step.
+    """
+    total: Plan = []
+    wanted = cfg.steps
+    epoch, budget = 0, cfg.epochs
+    while (len(total) < wanted) if wanted is not None else budget > 0:
+        rng = random.Random(stream_seed(cfg.seed, "order", epoch))
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        if wanted is None and budget < 1:
+            order = order[: max(1, round(budget * len(order)))]
+        for rows in cut(order, lengths, cfg.tokens_per_step, rows_of_step):
+            batches = plan_batches([lengths[row] for row in rows], cfg.tokens_per_batch, rng)
+            total.append([[rows[at] for at in batch] for batch in batches])
+        epoch, budget = epoch + 1, budget - 1
+    return total[:wanted]
+
+
+def cut(order: list[int], lengths: Rows[int], tokens: int, rows_of_step: int | None) -> list[list[int]]:
+    """`order` in consecutive pieces of about equal tokens, none far above `tokens` (or of `rows_of_step` rows)."""
+    if rows_of_step is not None:
+        return [order[at : at + rows_of_step] for at in range(0, len(order), rows_of_step)]
+    pieces_wanted = max(1, round(sum(lengths[row] for row in order) / tokens))
+    share = sum(lengths[row] for row in order) / pieces_wanted
+    pieces: list[list[int]] = [[]]
+    reached = 0.0
+    for row in order:
+        if pieces[-1] and len(pieces) < pieces_wanted and reached >= share * len(pieces):
+            pieces.append([])
+        pieces[-1].append(row)
+        reached += lengths[row]
+    return pieces
+
+
+def resume(run: RunDirectory, learner: Learner) -> int:
+    """Put `learner` back to the newest whole checkpoint of `run`, if any, and the log with it; return the step."""
+    found = run.latest()
+    if found is not None:
+        learner.load(found[1])
+        print(f"going on from step {learner.step} of {learner.total_steps} in {run.path}", file=sys.stderr)
+    run.rewind_metrics(learner.step)
+    return learner.step
+
+
+def keep(run: RunDirectory, learner: Learner, cfg: StageConfig) -> None:
+    """Write a checkpoint where the step count asks for one and work is left to lose."""
+    if learner.step % cfg.checkpoint_every == 0 and learner.step < learner.total_steps:
+        run.checkpoint(learner.step, learner.save)
+
+
+def rounded(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics for one log line: floats with six significant digits."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in metrics.items()}
