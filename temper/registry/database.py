@@ -31,7 +31,16 @@ def open_database(url: str, folder: Path) -> sa.Engine:
         sa.event.listen(engine, "connect", _sqlite_settings)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if revision(engine) != HEAD:
+    try:
+        found = revision(engine)
+    except sa.exc.DBAPIError as error:
+        shown = engine.url.render_as_string(hide_password=True)
+        raise ReleaseError(
+            f"the registry's database {shown} cannot be read",
+            why=str(error.orig).strip().splitlines()[0],
+            do="check that it is a database of temper's, that its server runs, and that you may read it",
+        ) from error
+    if found != HEAD:
         with _only_one(folder / ".migrate.lock"):
             _upgrade(engine)
     return engine

@@ -2,13 +2,14 @@
 
 import datetime as dt
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
-from temper.core.errors import IntegrityError, ReleaseError
+from temper.core.errors import IntegrityError, MissingDependency, ReleaseError
 from temper.core.records import Manifest
 from temper.core.reports import Finding, Report, Verdict
 from temper.core.storage import whole_folder
@@ -287,3 +288,28 @@ def test_the_artefact_hash_of_run_folders_is_what_the_release_will_carry(make, t
     adapters = {tenant: tmp_path / f"a-one-{tenant}" for tenant in ("retail_b", "bank_a")}
     assert artifact_hash_of(tmp_path / "w-one", adapters) == release.artifact_hash
     assert artifact_hash_of(tmp_path / "w-one") == release.weights
+
+
+def test_a_database_that_cannot_be_had_is_said_clearly(tmp_path):
+    (tmp_path / "registry.sqlite").write_text("this is no database, whatever its name says")
+    with pytest.raises(ReleaseError, match="cannot be read\n.*not a database"):
+        Registry(tmp_path)
+    with pytest.raises(MissingDependency, match="no driver for postgresql\\+pg8000"):
+        Registry(tmp_path / "team", url="postgresql+pg8000://nobody@127.0.0.1:1/none")
+
+
+def test_the_same_on_postgresql(make, registry, tmp_path):
+    """Runs where psycopg is installed and TEMPER_TEST_POSTGRES is the URL of an empty database."""
+    pytest.importorskip("psycopg")
+    if "TEMPER_TEST_POSTGRES" not in os.environ:
+        pytest.skip("TEMPER_TEST_POSTGRES names no PostgreSQL database")
+    team = Registry(tmp_path / "team", url=os.environ["TEMPER_TEST_POSTGRES"])
+    for text in ("one", "two"):
+        verdict = make(text).verdict
+        release = team.register(model_id="finops", base_model_id="finops-base", weights=tmp_path / f"w-{text}", verdict=verdict)
+        team.promote(release.id, reason="test")
+    first, second = [event.release_id for event in team.history()][-2:]
+    assert team.rollback(reason="test").release_id == first
+    assert team.current("production") != second
+    with team._engine.begin() as connection, pytest.raises(sa.exc.DBAPIError, match="append-only"):
+        connection.execute(sa.text("UPDATE alias_events SET who='eve'"))
