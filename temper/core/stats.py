@@ -94,7 +94,9 @@ def wilson(successes: float, count: float, critical: float | None = None) -> tup
     centre = rate + z * z / (2 * count)
     half = z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    low = (centre - half) / scale if successes > 0 else 0.0
+    high = (centre + half) / scale if successes < count else 1.0
+    return max(0.0, low), min(1.0, high)
 
 
 def in_clusters(values: Mapping[str, float], clusters: Mapping[str, str]) -> dict[str, list[float]]:

@@ -105,10 +105,9 @@ def test_an_episode_that_broke_off_did_not_succeed(make_case):
 
 
 def test_discrepancies_and_style(make_case):
+    all_good = dict.fromkeys(("task_success", "entry_balanced", "procedure_followed", "style_ok"), True)
     cases = [
-        make_case(
-            "a", slice="discrepancy", checks={"task_success": True, "entry_balanced": True, "procedure_followed": True, "style_ok": True}
-        ),
+        make_case("a", slice="discrepancy", checks=all_good),
         make_case("b", slice="discrepancy", checks={"task_success": False, "entry_balanced": True, "procedure_followed": False}),
         make_case("c", slice="lookup", checks={"task_success": True}, detail={"style_ok": False}),
     ]
@@ -130,11 +129,12 @@ def test_tokens_lengths_and_cost_by_hand(make_case):
 
 
 def test_every_value_is_the_mean_of_its_cases(make_case):
-    cases = [
-        make_case(str(i), cluster=f"c{i % 4}", reward=i / 20, checks={"task_success": i % 3 == 0, "schema_valid": i % 2 == 0},
-                  detail={"called": [{}] * 3, "expected": [{}] * 4, "matched": i % 4, "claims_total": 2, "claims_supported": i % 3}, tokens=[(9, i)])
-        for i in range(20)
-    ]  # fmt: skip
+    def case(i):
+        detail = {"called": [{}] * 3, "expected": [{}] * 4, "matched": i % 4, "claims_total": 2, "claims_supported": i % 3}
+        checks = {"task_success": i % 3 == 0, "schema_valid": i % 2 == 0}
+        return make_case(str(i), cluster=f"c{i % 4}", reward=i / 20, checks=checks, detail=detail, tokens=[(9, i)])
+
+    cases = [case(i) for i in range(20)]
     seconds = {case.id: 0.1 + int(case.id) / 100 for case in cases}
     for measures in measure(cases, seconds=seconds).values():
         for name, item in measures.items():

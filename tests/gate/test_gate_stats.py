@@ -172,6 +172,19 @@ def test_cases_needed_for_a_bound():
     assert wilson(73, 73)[0] >= 0.95 > wilson(72, 72)[0]
 
 
+@pytest.mark.parametrize("likeness", [0.0, 0.3])
+def test_rate_intervals_cover_the_truth_as_often_as_they_say(likeness):
+    """12 companies of 5 tasks at a true rate of 0.9, intra-company correlation 0 or 0.3 (beta-binomial)."""
+    rng, runs, rate, covered = random.Random(3), 300, 0.9, 0
+    clusters = {str(case): str(case // 5) for case in range(60)}
+    for _ in range(runs):
+        scale = (1 - likeness) / likeness if likeness else None
+        company = [rng.betavariate(rate * scale, (1 - rate) * scale) if scale else rate for _ in range(12)]
+        interval = rate_interval({case: float(rng.random() < company[int(name)]) for case, name in clusters.items()}, clusters)
+        covered += interval.low <= rate <= interval.high
+    assert 0.93 <= covered / runs <= 0.99
+
+
 def simulated(rng, scenarios, repeats):
     """A candidate no better than its baseline, whose gain differs by scenario and by repeat."""
     ours, theirs, clusters = {}, {}, {}
