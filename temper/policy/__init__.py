@@ -1,0 +1,1 @@
+"""The mutable model: log-probs, adapters, head, losses, advantages and KL estimators."""

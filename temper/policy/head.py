@@ -46,8 +46,11 @@ class Support:
             return None
         for row, (allowed, target) in enumerate(zip(allowed_N, targets_N.tolist(), strict=True)):
             if allowed is not None and target not in set(allowed):
-                raise DataError(f"supervised token {row} is {target}, which its support does not allow", why=f"{len(allowed)} tokens are allowed there",
-                                do="record the support of the distribution that was really sampled")  # fmt: skip
+                raise DataError(
+                    f"supervised token {row} is {target}, which its support does not allow",
+                    why=f"{len(allowed)} tokens are allowed there",
+                    do="record the support of the distribution that was really sampled",
+                )
         device = targets_N.device
         lists = [(row, torch.as_tensor(allowed)) for row, allowed in enumerate(allowed_N) if allowed is not None]
         return cls(
@@ -110,15 +113,23 @@ class TokenValues(NamedTuple):
 
 
 def token_values(
-    hidden_N_D: Tensor, head: Head, targets_N: Tensor, *, temperature: float = 1.0, entropy: bool = False, support: Support | None = None,
-) -> TokenValues:  # fmt: skip
+    hidden_N_D: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    support: Support | None = None,
+) -> TokenValues:
     """Log-probs, entropy and log Z of each row at `temperature`, over the allowed tokens; differentiable."""
     check_rows(hidden_N_D, head, targets_N)
     values = _TokenValues.apply(hidden_N_D, head.weight_V_D, head.bias_V, targets_N, head, support, temperature, entropy)
     return TokenValues(values[0], values[1] if entropy else None, values[2])
 
 
-def cross_entropy(hidden_N_D: Tensor, head: Head, targets_N: Tensor, weights_N: Tensor, *, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy(
+    hidden_N_D: Tensor, head: Head, targets_N: Tensor, weights_N: Tensor, *, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Σ weight·(-log p(target) + z_loss·logZ²), and the log-probs and log Z of each row (no gradient).
 
     Gradients are formed in the forward, so the backward costs one multiplication by a scalar.
@@ -131,10 +142,14 @@ def cross_entropy(hidden_N_D: Tensor, head: Head, targets_N: Tensor, weights_N: 
 def check_rows(hidden_N_D: Tensor, head: Head, targets_N: Tensor) -> None:
     """Raise ShapeError where rows, widths or targets disagree with the head."""
     if hidden_N_D.ndim != 2 or hidden_N_D.shape[1] != head.weight_V_D.shape[1] or targets_N.shape != hidden_N_D.shape[:1]:
-        raise ShapeError(f"hidden {tuple(hidden_N_D.shape)}, head {tuple(head.weight_V_D.shape)} and targets {tuple(targets_N.shape)} do not fit",
-                         do="pass hidden [N, D], weight [V, D] and targets [N]")  # fmt: skip
+        raise ShapeError(
+            f"hidden {tuple(hidden_N_D.shape)}, head {tuple(head.weight_V_D.shape)} and targets {tuple(targets_N.shape)} do not fit",
+            do="pass hidden [N, D], weight [V, D] and targets [N]",
+        )
     if targets_N.numel() and int(targets_N.max()) >= head.weight_V_D.shape[0]:
-        raise ShapeError(f"token {int(targets_N.max())} is outside the vocabulary of {head.weight_V_D.shape[0]}", do="use the tokenizer of this model")
+        raise ShapeError(
+            f"token {int(targets_N.max())} is outside the vocabulary of {head.weight_V_D.shape[0]}", do="use the tokenizer of this model"
+        )
 
 
 class _Tile(NamedTuple):
@@ -146,7 +161,9 @@ class _Tile(NamedTuple):
     logprobs_R: Tensor
 
 
-def _tile(head: Head, hidden_N_D: Tensor, targets_N: Tensor, start: int, support: Support | None, temperature: float, keep_logits: bool) -> _Tile:
+def _tile(
+    head: Head, hidden_N_D: Tensor, targets_N: Tensor, start: int, support: Support | None, temperature: float, keep_logits: bool
+) -> _Tile:
     """One tile multiplied out and reduced. Without `keep_logits` the exponentials overwrite the logits."""
     rows = slice(start, min(start + head.tile_rows, hidden_N_D.shape[0]))
     logits_R_V = head.logits(hidden_N_D[rows], temperature)
@@ -169,7 +186,16 @@ class _CrossEntropy(torch.autograd.Function):
     """Σ w(-log p + z logZ²) with dH and dW formed in the forward; dlogits = w (p(1 + 2 z logZ) - 1_y)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_N_D: Tensor, weight_V_D: Tensor, bias_V: Tensor | None, targets_N: Tensor, weights_N: Tensor, head: Head, z_loss: float) -> Any:
+    def forward(
+        ctx: Any,
+        hidden_N_D: Tensor,
+        weight_V_D: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        head: Head,
+        z_loss: float,
+    ) -> Any:
         wide = torch.float64 if hidden_N_D.dtype is torch.float64 else torch.float32
         count = hidden_N_D.shape[0]
         logprobs_N, logz_N = hidden_N_D.new_empty(count, dtype=wide), hidden_N_D.new_empty(count, dtype=wide)
@@ -201,9 +227,16 @@ class _TokenValues(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_N_D: Tensor, weight_V_D: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: Head, support: Support | None,
-        temperature: float, entropy: bool,
-    ) -> Any:  # fmt: skip
+        ctx: Any,
+        hidden_N_D: Tensor,
+        weight_V_D: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        head: Head,
+        support: Support | None,
+        temperature: float,
+        entropy: bool,
+    ) -> Any:
         wide = torch.float64 if hidden_N_D.dtype is torch.float64 else torch.float32
         count = hidden_N_D.shape[0]
         logprobs_N, entropy_N, logz_N = (hidden_N_D.new_empty(count, dtype=wide) for _ in range(3))
@@ -232,7 +265,15 @@ class _TokenValues(torch.autograd.Function):
         head: Head = ctx.head
         grads = _Gradients(hidden_N_D, head, *ctx.needs_input_grad[:3])
         for start in _tiles(head, hidden_N_D.shape[0]):
-            tile = _tile(head, hidden_N_D, targets_N, start, ctx.support, ctx.temperature, keep_logits=grad_entropy_N is not None or head.softcap is not None)
+            tile = _tile(
+                head,
+                hidden_N_D,
+                targets_N,
+                start,
+                ctx.support,
+                ctx.temperature,
+                keep_logits=grad_entropy_N is not None or head.softcap is not None,
+            )
             p_R_V = tile.exp_R_V.div_(tile.sum_R_1)
             factor_R_1 = torch.zeros_like(tile.sum_R_1)
             if grad_logprobs_N is not None:
@@ -280,5 +321,8 @@ class _Gradients:
         """(dH, dW, db), times `factor` where given, in the dtypes of what they belong to."""
         found = (self.hidden_N_D, self.grad_weight_V_D, self.grad_bias_V)
         dtypes = (self.hidden_dtype, self.weight_dtype, self.weight_dtype)
-        made = [None if item is None else (item if factor is None else item * factor).to(dtype) for item, dtype in zip(found, dtypes, strict=True)]
+        made = [
+            None if item is None else (item if factor is None else item * factor).to(dtype)
+            for item, dtype in zip(found, dtypes, strict=True)
+        ]
         return made[0], made[1], made[2]

@@ -29,7 +29,9 @@ def same_shape(**tensors: Tensor) -> None:
             raise ShapeError(f"{name} is {tuple(tensor.shape)}, {first} is {tuple(expected.shape)}", do="pass tensors with the same axes")
 
 
-def sft_cross_entropy(logprobs_B_T: Tensor, weights_B_T: Tensor, mask_B_T: Tensor, *, logz_B_T: Tensor | None = None, z_loss: float = 0.0) -> LossOut:
+def sft_cross_entropy(
+    logprobs_B_T: Tensor, weights_B_T: Tensor, mask_B_T: Tensor, *, logz_B_T: Tensor | None = None, z_loss: float = 0.0
+) -> LossOut:
     """Weighted cross-entropy, -Σ w·log p, plus `z_loss`·Σ w·logZ² (PaLM, Chowdhery et al. 2022, section 5).
 
     With weights of one and the count of tokens as denominator this is the token mean; weights of 1/(tokens of the

@@ -6,17 +6,21 @@ import contextlib
 import copy
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from temper.core.errors import DataError, DeviceError, IntegrityError, ShapeError
+from temper.core.errors import ConfigError, DataError, IntegrityError, ShapeError
 from temper.core.storage import FILES, read_json, verify_folder, whole_folder, write_json
+from temper.policy import adapters, peft_format
+from temper.policy.adapters import LoraConfig, Merge, Router
+from temper.policy.hardware import Precision, choose_device, choose_precision
 from temper.policy.head import Head, Support, cross_entropy, token_values
 from temper.policy.losses import LossOut
 
@@ -25,7 +29,6 @@ if TYPE_CHECKING:
     from temper.data.template import Template
 
 log = logging.getLogger("temper.policy")
-Precision = Literal["auto", "float32", "bfloat16"]
 IDENTITY = "temper.json"  # beside the weights: their hash and the template's fingerprint
 PROBE_TOKENS, PROBE_TOLERANCE = 4, 1e-3
 
@@ -45,9 +48,13 @@ class Policy:
     `compute_dtype` is what matrix products are done in; `version` counts the learner's updates.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, compute_dtype: torch.dtype = torch.float32, path: str = "") -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, compute_dtype: torch.dtype = torch.float32, path: str = ""
+    ) -> None:
         self.model, self.tokenizer, self.compute_dtype, self.path = model, tokenizer, compute_dtype, path
         self.version = 0
+        self.router = Router()
+        self._merge: Merge | None = None
         self.check_head()
 
     @classmethod
@@ -64,19 +71,29 @@ class Policy:
             verify_folder(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
-            model, info = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, output_loading_info=True)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a checkpoint that transformers can load", why=str(error).splitlines()[0],
-                            do="give a folder with config.json, weights and tokenizer, or a hub name") from error  # fmt: skip
+            raise DataError(
+                f"{path} is not a checkpoint that transformers can load",
+                why=str(error).splitlines()[0],
+                do="give a folder with config.json, weights and tokenizer, or a hub name",
+            ) from error
+        model, info = loaded
         if info["missing_keys"]:
-            raise DataError(f"{path} lacks weights of its own architecture", why=f"{len(info['missing_keys'])} missing, first {sorted(info['missing_keys'])[0]}",
-                            do="save the checkpoint again whole; missing weights would be random ones")  # fmt: skip
+            raise DataError(
+                f"{path} lacks weights of its own architecture",
+                why=f"{len(info['missing_keys'])} missing, first {sorted(info['missing_keys'])[0]}",
+                do="save the checkpoint again whole; missing weights would be random ones",
+            )
         policy = cls(model.to(where).eval(), tokenizer, compute_dtype=dtype, path=str(path))
         if verify and (folder / IDENTITY).is_file():
             recorded, found = read_json(folder / IDENTITY)["weights_hash"], policy.weights_hash()
             if recorded != found:
-                raise IntegrityError(f"the weights of {path} are not the ones that were saved", why=f"recorded {recorded[:16]}, found {found[:16]}",
-                                     do="restore the folder, or run again the stage that wrote it")  # fmt: skip
+                raise IntegrityError(
+                    f"the weights of {path} are not the ones that were saved",
+                    why=f"recorded {recorded[:16]}, found {found[:16]}",
+                    do="restore the folder, or run again the stage that wrote it",
+                )
         log.info("policy %s on %s in %s (%s)", path, where, str(dtype).removeprefix("torch."), reason)
         return policy
 
@@ -105,20 +122,25 @@ class Policy:
         """The output matrix, with the model's soft-capping. Raises ShapeError for a head of another form."""
         output = self.model.get_output_embeddings()
         if not isinstance(output, nn.Linear):
-            raise ShapeError(f"{type(self.model).__name__} has {type(output).__name__} for a head", why="temper computes log-probs through one matrix",
-                             do="use a causal model with a linear language-model head")  # fmt: skip
+            raise ShapeError(
+                f"{type(self.model).__name__} has {type(output).__name__} for a head",
+                why="temper computes log-probs through one matrix",
+                do="use a causal model with a linear language-model head",
+            )
         config = self.model.config.get_text_config()
         return Head(output.weight, output.bias, getattr(config, "final_logit_softcapping", None), self.compute_dtype)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """The last hidden state of every position, after the final norm."""
-        with self.computing():
+        """The last hidden state of every position, after the final norm; each row through its own adapter."""
+        with self.use(batch.adapters), self.computing():
             return self.model.get_decoder()(input_ids=batch.tokens_B_T, use_cache=False, **attention_inputs(batch)).last_hidden_state
 
     def supervised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(flat positions, hidden states that predict them, their tokens) where the batch's mask is true."""
         if bool(batch.mask_B_T[:, 0].any()):
-            raise ShapeError("the first position of a row is supervised", why="nothing stands before it to predict it", do="set weights[0] to 0")
+            raise ShapeError(
+                "the first position of a row is supervised", why="nothing stands before it to predict it", do="set weights[0] to 0"
+            )
         at_N = batch.mask_B_T.flatten().nonzero().squeeze(1)
         hidden_B_T_D = self.hidden_states(batch)
         return at_N, hidden_B_T_D.flatten(0, 1).index_select(0, at_N - 1), batch.tokens_B_T.flatten()[at_N]
@@ -129,9 +151,12 @@ class Policy:
         Where the batch carries a support, probabilities are renormalised over the tokens it allows.
         """
         at_N, hidden_N_D, targets_N = self.supervised(batch)
-        values = token_values(hidden_N_D, self.head, targets_N, temperature=temperature, entropy=entropy, support=support_of(batch, targets_N))
+        values = token_values(
+            hidden_N_D, self.head, targets_N, temperature=temperature, entropy=entropy, support=support_of(batch, targets_N)
+        )
         spread = [None if value_N is None else scatter(value_N, at_N, batch.tokens_B_T.shape) for value_N in values]
-        assert spread[0] is not None and spread[2] is not None
+        assert spread[0] is not None
+        assert spread[2] is not None
         return TokenScores(spread[0], spread[1], spread[2])
 
     def cross_entropy(self, batch: Batch, *, z_loss: float = 0.0) -> LossOut:
@@ -148,14 +173,98 @@ class Policy:
             found_T_V = self.head.logits(self.model.get_decoder()(input_ids=tokens_1_T, use_cache=False).last_hidden_state[0])
         error = float((expected_T_V - found_T_V).abs().max() / expected_T_V.abs().max().clamp(min=1.0))
         if not error < PROBE_TOLERANCE:
-            raise ShapeError(f"{type(self.model).__name__} forms its logits in a way temper does not know", why=f"they differ by {error:.2g} from hidden states times head",
-                             do="use an architecture without logit scaling, or teach it to temper.policy.head.Head")  # fmt: skip
+            raise ShapeError(
+                f"{type(self.model).__name__} forms its logits in a way temper does not know",
+                why=f"they differ by {error:.2g} from hidden states times head",
+                do="use an architecture without logit scaling, or teach it to temper.policy.head.Head",
+            )
+
+    # --- adapters ---
+
+    def adapters(self) -> list[str]:
+        """The names of the adapters on this policy, sorted."""
+        return sorted(self.router.names)
+
+    def add_lora(self, name: str, config: LoraConfig) -> None:
+        """Put a fresh adapter on the layers `config` selects and freeze the base. It starts as the identity."""
+        self.freeze_base()
+        adapters.add_lora(self.model, self.router, self.model.get_output_embeddings(), name, config)
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Attach the adapter in `folder` (PEFT's format) as `name` and freeze the base.
+
+        A folder written by temper is verified. Raises DataError where it does not fit, IntegrityError where it changed.
+        """
+        path = Path(folder)
+        if (path / FILES).is_file():
+            verify_folder(path)
+        self.freeze_base()
+        recorded = peft_format.load_adapter(self.model, self.router, self.model.get_output_embeddings(), name, path)
+        found = self.adapter_hash(name)
+        if recorded and recorded["adapter_hash"] != found:
+            self.remove_adapter(name)
+            raise IntegrityError(
+                f"the adapter in {path} is not the one that was saved",
+                why=f"recorded {recorded['adapter_hash'][:16]}, found {found[:16]}",
+                do="restore the folder, or run again the stage that wrote it",
+            )
+        if recorded and recorded["base_hash"] != self.weights_hash():
+            log.warning(
+                "adapter %s was trained on base %s, not on %s: what it does here was never measured",
+                path,
+                recorded["base_hash"][:12],
+                self.path,
+            )
+
+    def save_adapter(self, name: str, folder: str | Path) -> None:
+        """Write adapter `name` in PEFT's format. A new folder is whole or absent; an existing one is filled."""
+        with filled(Path(folder)) as scratch:
+            peft_format.save_adapter(
+                self.model, self.model.get_output_embeddings(), name, scratch, base=self.path, base_hash=self.weights_hash()
+            )
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget adapter `name`."""
+        adapters.remove(self.model, self.router, name)
+
+    def adapter_hash(self, name: str) -> str:
+        """The content hash of adapter `name`: equal numbers have equal hashes, whatever their name."""
+        return adapters.adapter_hash(self.model, name)
+
+    def use(self, names: Sequence[str | None]) -> contextlib.AbstractContextManager[None]:
+        """Inside the block row i of a batch goes through adapter `names[i]` (None: the base alone). Raises ConfigError."""
+        wanted = {name for name in names if name is not None}
+        if wanted and self._merge is not None:
+            raise ConfigError(
+                f"adapter {self._merge.name!r} is merged into the base", why="rows would go through it as well", do="unmerge first"
+            )
+        if unknown := wanted - self.router.names:
+            raise ConfigError(
+                f"there is no adapter {min(unknown)!r}",
+                why=f"loaded: {', '.join(self.adapters()) or 'none'}",
+                do="load it with load_adapter",
+            )
+        return self.router.use(names, self.device)
+
+    def merge(self, name: str) -> str:
+        """Fold adapter `name` into the base and return the new weights' hash; `unmerge` restores the very bytes."""
+        if self._merge is not None:
+            raise ConfigError(f"adapter {self._merge.name!r} is merged already", do="unmerge first")
+        self._merge = Merge(self.model, name)
+        return self.weights_hash()
+
+    def unmerge(self) -> None:
+        """Undo `merge`, proved by a checksum (IntegrityError)."""
+        if self._merge is None:
+            raise ConfigError("no adapter is merged", do="merge one first")
+        self._merge.undo()
+        self._merge = None
 
     # --- weights ---
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The model's own parameters by name, without any adapter's, sorted."""
-        return dict(sorted(self.model.named_parameters()))
+        return dict(sorted((name, weight) for name, weight in self.model.named_parameters() if ".lora." not in name))
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter that takes a gradient, by name."""
@@ -175,54 +284,24 @@ class Policy:
 
         A new folder is whole or absent; an existing one (the scratch of `whole_folder`) is filled.
         """
-        path = Path(folder)
-        if path.is_dir() and not (path / FILES).is_file():
-            self._write(path)
-            return
-        with whole_folder(path) as scratch:
-            self._write(scratch)
-
-    def _write(self, folder: Path) -> None:
-        names = self.base_parameters().keys()
-        state = {name: value for name, value in self.model.state_dict().items() if name in names}
-        self.model.save_pretrained(folder, state_dict=state)
-        self.tokenizer.save_pretrained(folder)
-        write_json(folder / IDENTITY, {"weights_hash": self.weights_hash()})
+        with filled(Path(folder)) as scratch:
+            names = self.base_parameters().keys()
+            state = {name: value for name, value in self.model.state_dict().items() if name in names}
+            self.model.save_pretrained(scratch, state_dict=state)
+            self.tokenizer.save_pretrained(scratch)
+            write_json(scratch / IDENTITY, {"weights_hash": self.weights_hash()})
 
     def clone_reference(self) -> Policy:
         """A frozen copy in evaluation mode, adapters included: what this policy is now stays its reference."""
         clone = copy.copy(self)
-        clone.model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        clone.model, clone.router = copy.deepcopy((self.model, self.router))
+        clone.model.eval().requires_grad_(False)
         return clone
 
 
-def choose_device(asked: str) -> torch.device:
-    """The device that `asked` names; `auto` takes a GPU where there is one. Raises DeviceError."""
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise DeviceError(f"device {asked!r} was asked for and there is no GPU here", why=f"PyTorch {torch.__version__} sees none",
-                          do="set device=cpu or device=auto, or install a CUDA build of PyTorch")  # fmt: skip
-    try:
-        return torch.device(asked)
-    except RuntimeError as error:
-        raise DeviceError(f"there is no device {asked!r}", do="set device to auto, cpu or cuda") from error
-
-
-def choose_precision(asked: Precision, device: torch.device) -> tuple[torch.dtype, str]:
-    """The compute dtype and why: bfloat16 where the hardware multiplies it, float32 elsewhere."""
-    if asked == "float32":
-        return torch.float32, "asked for"
-    fast = device.type == "cuda" or has_bfloat16_units()
-    if asked == "bfloat16":
-        return torch.bfloat16, "asked for" if fast else "asked for; this processor has no bfloat16 units and emulates them slowly"
-    return (torch.bfloat16, "this processor multiplies bfloat16") if fast else (torch.float32, "this processor has no bfloat16 units")
-
-
-def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 itself (AVX512-BF16 or AMX)."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def filled(folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """Where to write the files of `folder`: itself where it is an unfinished folder, else one that is whole or absent."""
+    return contextlib.nullcontext(folder) if folder.is_dir() and not (folder / FILES).is_file() else whole_folder(folder)
 
 
 def attention_inputs(batch: Batch) -> dict[str, Tensor]:

@@ -58,7 +58,9 @@ def tiny_checkpoint(folder: Path, family: str = "qwen3") -> Path:
     return folder
 
 
-def make_batch(lengths: list[int], *, supervised: float = 0.4, seed: int = 0, width: int | None = None, adapters=None, vocab: int = VOCAB) -> SimpleNamespace:
+def make_batch(
+    lengths: list[int], *, supervised: float = 0.4, seed: int = 0, width: int | None = None, adapters=None, vocab: int = VOCAB
+) -> SimpleNamespace:
     """Right-padded random rows; a token is supervised with probability `supervised`, the last always."""
     generator = torch.Generator().manual_seed(seed)
     width = width or max(lengths)
