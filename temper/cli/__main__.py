@@ -1,0 +1,5 @@
+"""`python -m temper.cli` is `temper`."""
+
+from temper.cli import main
+
+main()
