@@ -58,7 +58,11 @@ class Conversation(Protocol):
 
 
 def heldout_task(item: HeldoutTask | Conversation | str, answer: str = "") -> HeldoutTask:
-    """`item` as a held-out task. What the assistant says in a record after its last user turn is the answer."""
+    """`item` as a held-out task. What the assistant says in a record after its last user turn is the answer.
+
+    An environment's task gives its prompt only: where its gold answer is worth guarding too (it is not where answers
+    quote the same handbook in every split), pass it as `answer`.
+    """
     if isinstance(item, HeldoutTask):
         return item
     if isinstance(item, str):

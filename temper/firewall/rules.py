@@ -25,8 +25,10 @@ from temper.firewall.contamination import Overlap
 from temper.firewall.dedup import NearDuplicates, spoken
 from temper.firewall.privacy import PERSONAL, SECRETS, scan
 
+# SPDX names of licences that let anyone train and pass the result on; "internal" is a team's own data.
 LICENCES = (
     "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT", "ODC-By-1.0", "PDDL-1.0", "Unlicense",
+    "internal",
 )  # fmt: skip
 UNSTATED = {"", "unknown", "none", "null", "n/a", "na", "tbd", "todo", "?"}
 

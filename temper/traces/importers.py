@@ -40,14 +40,15 @@ class Imported:
 
 
 def import_records(
-    path: Path, provenance: Provenance, *, format: str = "auto", bad_rows: Literal["raise", "collect"] = "raise"
+    path: Path, provenance: Provenance, *, format: str | None = None, bad_rows: Literal["raise", "collect"] = "raise"
 ) -> Imported:
-    """Read every row of `path`. `provenance` is given to each record, save for what the row itself states.
+    """Read every row of `path`, in `format` (None: it is detected).
 
+    `provenance` is given to each record, save for what the row itself states (in its field `temper.provenance`).
     With `bad_rows="collect"` a bad row becomes a Refusal of the rule "import", to be handed to `admit`; a file
     that cannot be read at all raises either way. Raises DataError with the file and row at the first bad row.
     """
-    name = sniff(path) if format in ("auto", "parquet") else format
+    name = sniff(path) if format in (None, "auto", "parquet") else format
     records, rows, refusals, unused = [], [], [], Counter[str]()
     for row, parsed in _parse_rows(path, _format(name), provenance):
         unused.update(row.unused)
