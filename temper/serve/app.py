@@ -182,7 +182,7 @@ class Server:
         """What the engine says it did: the adapter is the one stamped on the sampled rows."""
         used = {row.adapter for row in sampled}
         line.adapter = next(iter(used)) if len(used) == 1 else "mixed"
-        line.adapter_hash = loaded.hash_of.get(line.adapter or "")
+        line.adapter_hash, line.adapter_numbers = loaded.hash_of.get(line.adapter or ""), loaded.numbers_of.get(line.adapter or "")
         line.weights, line.choices = loaded.weights_hash, len(sampled)
         prompts = {row.prompt_ids for row in sampled}  # n choices share one prompt
         line.prompt_tokens, line.completion_tokens = sum(map(len, prompts)), sum(len(row.token_ids) for row in sampled)

@@ -19,8 +19,9 @@ from temper.registry import Release
 
 @dataclass
 class AuditLine:
-    """One request. `adapter` is the name that the engine stamped on the row it sampled, `adapter_hash` the content
-    loaded under that name: neither is taken from the request. Conversations are not in here.
+    """One request. `adapter` is the name that the engine stamped on the row it sampled, `adapter_hash` the folder loaded
+    under that name, `adapter_numbers` the hash of its numbers in memory: none is taken from the request.
+    Conversations are not in here.
     """
 
     request_id: str
@@ -30,6 +31,7 @@ class AuditLine:
     tenant: str | None = None
     adapter: str | None = None
     adapter_hash: str | None = None
+    adapter_numbers: str | None = None
     release: str | None = None
     weights: str | None = None
     prompt_tokens: int = 0

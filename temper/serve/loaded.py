@@ -18,14 +18,16 @@ OpenEngine = Callable[[Path], Engine]
 
 @dataclass
 class Loaded:
-    """One release, ready to answer. `adapter_of` maps a tenant to the engine's adapter name, `hash_of` that name to
-    the content hash of the bytes that were loaded under it. The engine belongs to the worker thread alone.
+    """One release, ready to answer. `adapter_of` maps a tenant to the engine's adapter name, `hash_of` that name to the
+    hash of the folder that was loaded under it, and `numbers_of` to the hash of its numbers as they stand in memory.
+    The engine belongs to the worker thread alone.
     """
 
     release: Release
     engine: Engine
     adapter_of: dict[str, str]
     hash_of: dict[str, str]
+    numbers_of: dict[str, str]
     weights_hash: str
     seconds: float
 
@@ -56,18 +58,19 @@ def load_release(registry: Registry, reference: str, open_engine: OpenEngine, *,
             why=f"recorded {release.template_fingerprint[:16]}, the weights folder holds {template.fingerprint[:16]}",
             do="register the release with the template it was evaluated with",
         )
-    adapter_of, hash_of = {}, {}
+    adapter_of, hash_of, numbers_of = {}, {}, {}
     for tenant, digest in sorted(release.adapters.items()):
         name, folder = f"a{digest}", registry.adapter_path(release, tenant)
         if name not in hash_of:
             engine.policy.load_adapter(name, folder)
             hash_of[name] = verify_folder(folder)  # read again after loading: what was read is what is recorded
+            numbers_of[name] = engine.policy.adapter_hash(name)
         if hash_of[name] != digest:
             raise IntegrityError(
                 f"adapter of tenant {tenant!r} changed while it was loaded", why=f"recorded {digest[:16]}, found {hash_of[name][:16]}"
             )
         adapter_of[tenant] = name
-    return Loaded(release, engine, adapter_of, hash_of, verify_folder(weights), time.monotonic() - started)
+    return Loaded(release, engine, adapter_of, hash_of, numbers_of, verify_folder(weights), time.monotonic() - started)
 
 
 def opener(config: ServeConfig) -> OpenEngine:

@@ -292,9 +292,9 @@ def test_the_artefact_hash_of_run_folders_is_what_the_release_will_carry(make, t
 
 def test_a_database_that_cannot_be_had_is_said_clearly(tmp_path):
     (tmp_path / "registry.sqlite").write_text("this is no database, whatever its name says")
-    with pytest.raises(ReleaseError, match="cannot be read\n.*not a database"):
+    with pytest.raises(ReleaseError, match=r"cannot be read\n.*not a database"):
         Registry(tmp_path)
-    with pytest.raises(MissingDependency, match="no driver for postgresql\\+pg8000"):
+    with pytest.raises(MissingDependency, match=r"no driver for postgresql\+pg8000"):
         Registry(tmp_path / "team", url="postgresql+pg8000://nobody@127.0.0.1:1/none")
 
 

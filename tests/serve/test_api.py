@@ -91,6 +91,7 @@ def test_each_tenant_is_answered_through_its_own_adapter_however_it_is_named(ser
     assert [line["adapter_hash"] for line in lines] == [served.release.adapters["bank_a"]] * 4 + [None]
     assert all(line["release"] == served.release.id and line["status"] == 200 for line in lines)
     assert lines[0]["tenant"] == "bank_a"
+    assert lines[0]["adapter_numbers"] == digest("one/bank_a")
     assert lines[4]["tenant"] is None
 
 
