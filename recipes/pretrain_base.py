@@ -49,7 +49,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     rendered = []
     for record in sample_formats(SEED, 1500):
         messages = [
-            {"role": m.role, "content": m.content, "tool_calls": [{"function": c.model_dump(include={"name", "arguments"})} for c in m.tool_calls]} for m in record.messages
+            {
+                "role": m.role,
+                "content": m.content,
+                "tool_calls": [{"function": c.model_dump(include={"name", "arguments"})} for c in m.tool_calls],
+            }
+            for m in record.messages
         ]
         text = template.apply_chat_template(messages, tools=[tool.openai() for tool in record.tools], tokenize=False)
         rendered += [piece for piece in re.split("|".join(map(re.escape, SPECIAL_TOKENS)), text) if piece]

@@ -71,7 +71,9 @@ def interpolate(values: dict[str, Any]) -> dict[str, Any]:
             name, closed, rest = tail.partition("}")
             if not closed or not isinstance(values.get(name), (str, int, float)):
                 known = sorted(key for key, value in values.items() if isinstance(value, (str, int, float)))
-                raise ConfigError(f"{item!r} refers to ${{{name}}}", why="no top-level key of that name holds a value", do=f"use one of {known}")
+                raise ConfigError(
+                    f"{item!r} refers to ${{{name}}}", why="no top-level key of that name holds a value", do=f"use one of {known}"
+                )
             item = head + str(values[name]) + rest
         return item
 

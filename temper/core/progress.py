@@ -30,7 +30,14 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
 
 
 def _bar(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     started = time.monotonic()
     progress = Progress(*columns, console=console, transient=True)
     task = progress.add_task(label, total=total)

@@ -1,11 +1,11 @@
 """The run directory of one stage: config as given and resolved, one log line a step, checkpoints, result.
 
-    runs/demo/sft/
-      stage.json      what ran: config, its hash, inputs' hashes, code revision, versions
-      metrics.jsonl   one line a step
-      checkpoints/    the two newest, each whole or absent
-      model/ …        outputs, each a whole folder
-      done.json       written last: the stage is finished for this key
+runs/demo/sft/
+  stage.json      what ran: config, its hash, inputs' hashes, code revision, versions
+  metrics.jsonl   one line a step
+  checkpoints/    the two newest, each whole or absent
+  model/ …        outputs, each a whole folder
+  done.json       written last: the stage is finished for this key
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def code_revision() -> dict[str, str]:
 def source_hash(*rooms: str) -> str:
     """The hash of the source files of `rooms`: work is done again when code that could change it did."""
     root = Path(__file__).resolve().parents[1]
-    return hash_value({room: {name: digest for name, digest in hash_folder(root / room).items() if not name.endswith(".pyc")} for room in rooms})
+    return hash_value(
+        {room: {name: digest for name, digest in hash_folder(root / room).items() if not name.endswith(".pyc")} for room in rooms}
+    )
 
 
 def versions() -> dict[str, str]:
@@ -71,7 +73,9 @@ class RunDirectory:
         self.path, self.key = path, key
 
     @classmethod
-    def create(cls, path: Path, *, stage: str, config: dict[str, Any], inputs: dict[str, str], rooms: tuple[str, ...] = TRAINING_ROOMS) -> RunDirectory:
+    def create(
+        cls, path: Path, *, stage: str, config: dict[str, Any], inputs: dict[str, str], rooms: tuple[str, ...] = TRAINING_ROOMS
+    ) -> RunDirectory:
         """Open `path` for the work that `config` (resolved), `inputs` (name -> content hash) and the code of `rooms` define.
 
         Work of another key that stands there is removed: its outputs would be taken for this one's.

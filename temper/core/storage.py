@@ -30,7 +30,11 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent if path.parent.exists() else Path("/")).free
-            raise StorageError(f"no space left while writing {path}", why=f"{free} bytes are free", do="free some space and run the same command again; it goes on from the last checkpoint") from error
+            raise StorageError(
+                f"no space left while writing {path}",
+                why=f"{free} bytes are free",
+                do="free some space and run the same command again; it goes on from the last checkpoint",
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StorageError(f"cannot write {path}", why=str(error), do="choose a folder that you may write to") from error
         raise
@@ -88,7 +92,9 @@ def read_jsonl(path: Path, model: type[M]) -> list[M]:
             rows.append(model.model_validate_json(line))
         except ValidationError as error:
             fault = error.errors()[0]
-            raise DataError(f"{path}:{number} is not a {model.__name__}", why=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+            raise DataError(
+                f"{path}:{number} is not a {model.__name__}", why=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+            ) from error
     return rows
 
 
@@ -123,7 +129,11 @@ def verify_folder(path: Path) -> str:
     """
     listing = path / FILES
     if not listing.is_file():
-        raise IntegrityError(f"{path} has no {FILES}", why="it was not written whole by temper", do="make it again, or record its hashes with `temper data hash`")
+        raise IntegrityError(
+            f"{path} has no {FILES}",
+            why="it was not written whole by temper",
+            do="make it again, or record its hashes with `temper data hash`",
+        )
     recorded, found = read_json(listing), hash_folder(path)
     found.pop(FILES, None)
     for name in sorted(recorded.keys() | found.keys()):

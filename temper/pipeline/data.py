@@ -133,7 +133,9 @@ def call_generator(source: Source, seed: int, split: Split) -> Iterable[Record]:
     try:
         generator = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"generator {source.generate!r} cannot be imported", why=str(error), do="write package.module:function") from error
+        raise ConfigError(
+            f"generator {source.generate!r} cannot be imported", why=str(error), do="write package.module:function"
+        ) from error
     return generator(seed, split, source.count, **source.options)
 
 
@@ -144,7 +146,11 @@ def accepted_episodes(source: Source, cfg: Config, split: Split) -> list[Record]
     environment = load_environment(cfg.environment, **{**cfg.environment_options, **source.options})
     engine = Engine(Policy.load(str(source.sample), precision="float32"))
     tasks = environment.tasks(split)[: source.count]
-    episodes = [record for group in collect(engine, environment, tasks, temperature=source.temperature, seed=cfg.seed, constrained=True) for record in group]
+    episodes = [
+        record
+        for group in collect(engine, environment, tasks, temperature=source.temperature, seed=cfg.seed, constrained=True)
+        for record in group
+    ]
     accepted = [record for record in episodes if record.outcome.reward == 1.0]
     return [as_data(record, str(source.sample)) for record in accepted]
 
@@ -152,7 +158,9 @@ def accepted_episodes(source: Source, cfg: Config, split: Split) -> list[Record]
 def as_data(record: Record, model: str) -> Record:
     """An episode as training data: its text without the sampled tokens, marked as made by a model."""
     messages = tuple(message.model_copy(update={"train": None}) for message in record.messages)
-    origin = record.provenance.model_copy(update={"synthetic": True, "generation_depth": record.provenance.generation_depth + 1, "generator": model, "parents": (record.id,)})
+    origin = record.provenance.model_copy(
+        update={"synthetic": True, "generation_depth": record.provenance.generation_depth + 1, "generator": model, "parents": (record.id,)}
+    )
     return record.model_copy(update={"messages": messages, "provenance": origin, "sampled": ()})
 
 
@@ -161,4 +169,8 @@ def provenance_of(source: Source, split: Split) -> Provenance:
     try:
         return Provenance.model_validate({"source": source.path, "split": split, **source.provenance})
     except ValueError as error:
-        raise ConfigError(f"source {source.path} has no complete provenance", why=str(error), do="give licence, privacy, access and synthetic under `provenance:`") from error
+        raise ConfigError(
+            f"source {source.path} has no complete provenance",
+            why=str(error),
+            do="give licence, privacy, access and synthetic under `provenance:`",
+        ) from error

@@ -51,7 +51,9 @@ def run(path: Path, overrides: list[str] | None = None, *, dry_run: bool = False
     html = build_report(cfg, path, reports, outcome, seconds=time.monotonic() - started)
     write_text(Path(cfg.report), html)
     summary = {"report": cfg.report, "verdict": outcome["verdict"].decision, "seconds": round(time.monotonic() - started, 1)}
-    write_json(Path(cfg.run) / "summary.json", summary | {key: outcome[key] for key in ("served", "release", "student_verdict") if key in outcome})
+    write_json(
+        Path(cfg.run) / "summary.json", summary | {key: outcome[key] for key in ("served", "release", "student_verdict") if key in outcome}
+    )
     print_table(cfg, reports, outcome)
     return summary
 
@@ -80,7 +82,9 @@ def conclude(cfg: PipelineConfig, path: Path, environment: Any, reports: dict[st
     phase, baseline = cfg.phase(release.phase), reports[release.baseline]
     gate = path.parent / release.gate
     plain = phase.model_copy(update={"name": f"{phase.name}-base", "adapters": {}})
-    first_report = next((report for name, report in reports.items() if cfg.phase(name).model == phase.model and not cfg.phase(name).adapters), None)
+    first_report = next(
+        (report for name, report in reports.items() if cfg.phase(name).model == phase.model and not cfg.phase(name).adapters), None
+    )
     if first_report is None:
         first_report = measure_phase(cfg, plain, environment, "dev", None, cfg.limit)
     outcome: dict[str, Any] = {
@@ -92,7 +96,11 @@ def conclude(cfg: PipelineConfig, path: Path, environment: Any, reports: dict[st
     outcome["sealed"] = {item.name: measure_phase(cfg, item, environment, "test", None, cfg.sealed_limit) for item in sealed_phases}
     if release.student and release.student_gate:
         outcome["student_verdict"] = judge(
-            path.parent / release.student_gate, reports[release.student], baseline, folder / "verdict-student.json", teacher=teacher_report(cfg, reports)
+            path.parent / release.student_gate,
+            reports[release.student],
+            baseline,
+            folder / "verdict-student.json",
+            teacher=teacher_report(cfg, reports),
         )
     first = register(cfg, plain, first_report, outcome["first_verdict"])
     second = register(cfg, phase, reports[release.phase], outcome["verdict"], parents=(first.id,))
@@ -118,7 +126,13 @@ def plan(cfg: PipelineConfig, path: Path) -> dict[str, Any]:
         values = resolved(cfg, path, reference)
         module = stage_module(values["stage"])
         config = load_config(module.Config, beside(path, reference), [f"run={cfg.run}", *reference.set])
-        step: dict[str, Any] = {"phase": name, "config": str(beside(path, reference)), "stage": values["stage"], "out": config.out, "resolved": config.model_dump(mode="json")}
+        step: dict[str, Any] = {
+            "phase": name,
+            "config": str(beside(path, reference)),
+            "stage": values["stage"],
+            "out": config.out,
+            "resolved": config.model_dump(mode="json"),
+        }
         if hasattr(module, "estimate"):
             try:
                 step["estimate"] = module.estimate(config).model_dump(mode="json")
@@ -134,10 +148,11 @@ def print_table(cfg: PipelineConfig, reports: dict[str, Report], outcome: dict[s
     table.add_column("phase")
     for heading, _ in SHOWN:
         table.add_column(heading, justify="right")
-    rows = [(name, report) for name, report in reports.items()] + [(f"{name} (sealed)", report) for name, report in outcome["sealed"].items()]
+    rows = [(name, report) for name, report in reports.items()] + [
+        (f"{name} (sealed)", report) for name, report in outcome["sealed"].items()
+    ]
     for name, report in rows:
         measures = [report.measure(metric) for _, metric in SHOWN]
         table.add_row(name, *("–" if item is None or item.value is None else f"{item.value:.2f}" for item in measures))
     Console().print(table)
     Console().print(f"gate: {outcome['verdict'].decision}   report: {cfg.report}")
-

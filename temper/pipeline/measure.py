@@ -38,8 +38,18 @@ def measure_phase(cfg: PipelineConfig, phase: Phase, environment: Any, split: Sp
     started = time.monotonic()
     digest = phase_hash(phase)
     out = Path(cfg.run) / "evaluate" / (phase.name if split == "dev" else f"{phase.name}-{split}")
-    settings = {"split": split, "limit": limit, "constrained": phase.constrained, "options": cfg.options.model_dump(mode="json"), "name": phase.name}
-    inputs = {"model": digest, "environment": environment.version, "previous": previous.suite_hash + previous.model_hash if previous else ""}
+    settings = {
+        "split": split,
+        "limit": limit,
+        "constrained": phase.constrained,
+        "options": cfg.options.model_dump(mode="json"),
+        "name": phase.name,
+    }
+    inputs = {
+        "model": digest,
+        "environment": environment.version,
+        "previous": previous.suite_hash + previous.model_hash if previous else "",
+    }
     folder = RunDirectory.create(out, stage="evaluate", config=settings, inputs=inputs, rooms=(*TRAINING_ROOMS, "evaluate"))
     if folder.done:
         return read_report(out / "report.json")
@@ -66,4 +76,11 @@ def stage_outputs(out: str) -> dict[str, Any]:
         raise DataError(f"{folder} holds no finished stage", do="run the pipeline, or the stage that writes it")
     done, described = read_json(folder / "done.json"), read_json(folder / "stage.json")
     metrics = RunDirectory(folder, done["key"]).metrics()
-    return {"result": done["result"], "seconds": done["seconds"], "config": described["config"], "stage": described["stage"], "metrics": metrics, "inputs": described["inputs"]}
+    return {
+        "result": done["result"],
+        "seconds": done["seconds"],
+        "config": described["config"],
+        "stage": described["stage"],
+        "metrics": metrics,
+        "inputs": described["inputs"],
+    }

@@ -60,7 +60,9 @@ def exercise(cfg: PipelineConfig, first: Release, second: Release, environment: 
     registry.promote(second.id, alias, reason=reason)
     audit = Path(cfg.run) / "serve" / "audit.jsonl"
     audit.unlink(missing_ok=True)
-    settings = ServeConfig(registry=Path(cfg.release.registry), alias=alias, audit=audit, capture=Path(cfg.run) / "serve" / "captured.jsonl", poll_seconds=0.2)
+    settings = ServeConfig(
+        registry=Path(cfg.release.registry), alias=alias, audit=audit, capture=Path(cfg.run) / "serve" / "captured.jsonl", poll_seconds=0.2
+    )
     with serving(app_for(settings, environment)) as url:
         shown = conversation(url, environment, second)
         routing = route_mixed(url, environment, second, cfg.release.routing_requests)
@@ -84,7 +86,11 @@ def openai_client(url: str) -> Any:
     try:
         from openai import OpenAI
     except ImportError as error:
-        raise MissingDependency("the package `openai` is absent", why="the pipeline talks to its server through the real client", do="pip install 'temper[demo]'") from error
+        raise MissingDependency(
+            "the package `openai` is absent",
+            why="the pipeline talks to its server through the real client",
+            do="pip install 'temper[demo]'",
+        ) from error
     return OpenAI(base_url=url, api_key="unused", max_retries=0, timeout=120)
 
 
@@ -97,7 +103,12 @@ def conversation(url: str, environment: Any, release: Release) -> list[dict[str,
     session = environment.open(task)
     for _ in range(task.max_turns):
         reply = client.chat.completions.create(
-            model=client.models.list().data[0].id, messages=messages, tools=tools, temperature=0, max_tokens=task.max_tokens, extra_headers={"X-Tenant": task.tenant} if release.adapters else {}
+            model=client.models.list().data[0].id,
+            messages=messages,
+            tools=tools,
+            temperature=0,
+            max_tokens=task.max_tokens,
+            extra_headers={"X-Tenant": task.tenant} if release.adapters else {},
         )
         message = reply.choices[0].message
         messages.append(message.model_dump(exclude_none=True))
@@ -114,7 +125,10 @@ def openai_message(message: Message) -> dict[str, Any]:
     """A message as the OpenAI API spells it."""
     spelt: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        spelt["tool_calls"] = [{"id": call.id, "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}} for call in message.tool_calls]
+        spelt["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}}
+            for call in message.tool_calls
+        ]
     if message.role == "tool":
         spelt["tool_call_id"] = message.tool_call_id
     return spelt
@@ -131,7 +145,9 @@ def route_mixed(url: str, environment: Any, release: Release, count: int) -> dic
     def one(number: int) -> str:
         task = tasks[number % len(tasks)]
         asked = [openai_message(message) for message in task.messages]
-        client.chat.completions.create(model=model, messages=asked, temperature=0, max_tokens=8, extra_headers={"X-Tenant": chosen[number]}, user=f"route-{number}")  # type: ignore[arg-type]
+        client.chat.completions.create(
+            model=model, messages=asked, temperature=0, max_tokens=8, extra_headers={"X-Tenant": chosen[number]}, user=f"route-{number}"
+        )  # type: ignore[arg-type]
         return chosen[number]
 
     chosen = [rng.choice(tenants) for _ in range(count)] if tenants else []

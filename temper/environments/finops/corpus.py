@@ -15,7 +15,7 @@ from temper.environments.finops.policies import RULES
 from temper.environments.finops.wording import ASKS, FOLLOWUPS, RISKS, SOFT_REFUSALS
 from temper.environments.finops.world import KINDS, TIMING, draw_amount, draw_date
 
-SYLLABLES = "al an ar bel bor cal dan del dor el en fal far gar hal hol il jor kal kar lan lem lor mar mel mor nal nor os par pel ral ren ros sal sel sor tan tor ul val ven vor wel win yor zan".split()  # fmt: skip
+SYLLABLES = ["al", "an", "ar", "bel", "bor", "cal", "dan", "del", "dor", "el", "en", "fal", "far", "gar", "hal", "hol", "il", "jor", "kal", "kar", "lan", "lem", "lor", "mar", "mel", "mor", "nal", "nor", "os", "par", "pel", "ral", "ren", "ros", "sal", "sel", "sor", "tan", "tor", "ul", "val", "ven", "vor", "wel", "win", "yor", "zan"]  # fmt: skip
 EVERY = {
     "departments": [name for names in DEPARTMENTS.values() for name in names],
     "regions": [name for names in REGIONS.values() for name in names],
@@ -98,7 +98,10 @@ def month_end(rng: random.Random) -> str:
     kind, a, x, bank = rng.choice(KINDS), rng.choice(EVERY["accounts"]), rng.randint(11, 999), rng.randint(20000, 99999)
     memo = rng.choice([memo for memos in kind.memos.values() for memo in memos])
     debit, credit = (a, kind.contra) if kind.sign > 0 else (kind.contra, a)
-    lines = [f"Month-end close of {a}. The bank shows {bank} USD and the ledger {bank - kind.sign * x} USD.", f"The {kind.side} lists a {memo} of {x} USD that the other side does not have."]
+    lines = [
+        f"Month-end close of {a}. The bank shows {bank} USD and the ledger {bank - kind.sign * x} USD.",
+        f"The {kind.side} lists a {memo} of {x} USD that the other side does not have.",
+    ]
     if rng.random() < 0.5:
         transit = rng.choice([memo for memos in TIMING.values() for memo in memos])
         lines.append(f"There is also a {transit} of {rng.randint(100, 2000)} USD. It clears by itself and needs no entry.")
@@ -119,9 +122,17 @@ def journal(rng: random.Random) -> str:
 
 def directory(rng: random.Random) -> str:
     """Names and numbers listed, then repeated in another order: plain practice in copying."""
-    rows = [(partner(rng), rng.choice((f"REC-{rng.randint(1000, 9999)}", f"AP-{rng.randint(1000, 9999)}", str(rng.randint(100, 99999))))) for _ in range(5)]
+    rows = [
+        (partner(rng), rng.choice((f"REC-{rng.randint(1000, 9999)}", f"AP-{rng.randint(1000, 9999)}", str(rng.randint(100, 99999)))))
+        for _ in range(5)
+    ]
     again = rng.sample(rows, 4)
-    return "List: " + ", ".join(f"{name} {code}" for name, code in rows) + ". " + " ".join(f"{code} belongs to {name}." for name, code in again)
+    return (
+        "List: "
+        + ", ".join(f"{name} {code}" for name, code in rows)
+        + ". "
+        + " ".join(f"{code} belongs to {name}." for name, code in again)
+    )
 
 
 def transcript(rng: random.Random) -> str:
@@ -149,10 +160,25 @@ def transcript(rng: random.Random) -> str:
 
 def reading(rng: random.Random) -> str:
     """A fact and a question about it, answered in prose from the text."""
-    v, x, due, number, d, q, y = partner(rng), draw_amount(rng), draw_date(rng), f"INV-{rng.randint(1000, 9999)}", rng.choice(EVERY["departments"]), rng.choice(QUARTERS), draw_amount(rng)
+    v, x, due, number, d, q, y = (
+        partner(rng),
+        draw_amount(rng),
+        draw_date(rng),
+        f"INV-{rng.randint(1000, 9999)}",
+        rng.choice(EVERY["departments"]),
+        rng.choice(QUARTERS),
+        draw_amount(rng),
+    )
     fact = f"{v} asks for {x} USD with invoice {number}, due on {due}. In {q} {d} spent {y} USD."
     questions = rng.sample(
-        [("Which vendor is it?", v), ("How much is it?", f"{x} USD"), ("When is it due?", due), ("Which invoice is it?", number), (f"What did {d} spend?", f"{y} USD")], 3
+        [
+            ("Which vendor is it?", v),
+            ("How much is it?", f"{x} USD"),
+            ("When is it due?", due),
+            ("Which invoice is it?", number),
+            (f"What did {d} spend?", f"{y} USD"),
+        ],
+        3,
     )
     return f"Text: {fact}\n" + "\n".join(f"Question: {question}\nAnswer: {answer}." for question, answer in questions)
 

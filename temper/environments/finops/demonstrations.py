@@ -24,7 +24,16 @@ SHAPES = {
     "risky": "safety", "safe_lookalike": "safety", "constrained_request": "safety",
 }  # fmt: skip
 SFT_MIX = {"lookup": 5, "followup": 3, "json_summary": 5, "risky": 2, "safe_lookalike": 2}
-TOOLS_MIX = {"lookup": 3, "followup": 1, "policy_qa": 4, "safe_lookalike": 3, "constrained_request": 2, "risky": 2, "json_summary": 1, "discrepancy": 1}
+TOOLS_MIX = {
+    "lookup": 3,
+    "followup": 1,
+    "policy_qa": 4,
+    "safe_lookalike": 3,
+    "constrained_request": 2,
+    "risky": 2,
+    "json_summary": 1,
+    "discrepancy": 1,
+}
 DEMONSTRATED_KINDS = ("bank_fee", "interest", "deposit")  # the demonstrations show half of the discrepancies; RL meets them all
 SHARE_WITH_ALTERNATIVE = 0.3  # everyday refusals rarely say what can be done instead: the failure that preference alignment mends
 
@@ -42,7 +51,12 @@ def record_of(task: Task, turns: tuple[Message, ...], seed: int, tenant: str | N
     """A task with the turns that answer it; history is context and is not trained again."""
     history = tuple(message.model_copy(update={"train": False}) if message.role == "assistant" else message for message in task.messages)
     return Record(
-        messages=(*history, *turns), tools=task.tools, shape=SHAPES[task.slice], slice=task.slice, task_id=task.id, provenance=provenance(task.split, seed, tenant)
+        messages=(*history, *turns),
+        tools=task.tools,
+        shape=SHAPES[task.slice],
+        slice=task.slice,
+        task_id=task.id,
+        provenance=provenance(task.split, seed, tenant),
     )
 
 
@@ -99,7 +113,9 @@ def worse(rng: random.Random, task: Task, c: Company) -> tuple[tuple[Message, ..
         if kind == "soft":
             return (Message(role="assistant", content=rng.choice(SOFT_REFUSALS)),), "soft refusal"
         if kind == "bare":
-            return (Message(role="assistant", content=refuse(task.answer["risk"], "the approver", alternative=False)),), "no alternative offered"
+            return (
+                Message(role="assistant", content=refuse(task.answer["risk"], "the approver", alternative=False)),
+            ), "no alternative offered"
         unsafe = ToolCall(name="request_transfer", arguments={"vendor": rng.choice(c.vendors), "amount": 1000 * rng.randint(2, 60)})
         return play(c, [[unsafe]], "It is done.")[:1], "does what the policy forbids"
     if task.slice == "json_summary":
@@ -134,6 +150,8 @@ def sample_formats(seed: int, count: int) -> list[Record]:
     """
     records = []
     for record in tools(seed, "train", count):
-        messages = tuple(message.model_copy(update={"content": ""}) if message.name == "search_policy" else message for message in record.messages)
+        messages = tuple(
+            message.model_copy(update={"content": ""}) if message.name == "search_policy" else message for message in record.messages
+        )
         records.append(record.model_copy(update={"messages": messages}))
     return records

@@ -74,6 +74,8 @@ class FinopsEnvironment:
         return self._companies[task.cluster]
 
 
-def environment(seed: int = 0, slices: tuple[str, ...] | list[str] | None = None, per_company: int = 1, styled: bool = False) -> FinopsEnvironment:
+def environment(
+    seed: int = 0, slices: tuple[str, ...] | list[str] | None = None, per_company: int = 1, styled: bool = False
+) -> FinopsEnvironment:
     """The environment's factory, as `environment: finops` in a config calls it."""
     return FinopsEnvironment(seed, tuple(slices) if slices else None, per_company, styled)

@@ -37,7 +37,18 @@ DEPARTMENTS: dict[Split, tuple[str, ...]] = {
     "test": ("Planning", "Insurance", "Production", "Training", "Communications"),
 }  # fmt: skip
 REGIONS: dict[Split, tuple[str, ...]] = {
-    "train": ("East China", "North Europe", "Gulf Coast", "South India", "West Africa", "New England", "Benelux", "Nordics", "Iberia", "Midwest"),
+    "train": (
+        "East China",
+        "North Europe",
+        "Gulf Coast",
+        "South India",
+        "West Africa",
+        "New England",
+        "Benelux",
+        "Nordics",
+        "Iberia",
+        "Midwest",
+    ),
     "dev": ("Central Asia", "South Korea", "Pacific Coast", "Baltics"),
     "test": ("East Africa", "North India", "South China", "Balkans"),
 }

@@ -63,7 +63,9 @@ def write_policies(rng: random.Random, tenant: str) -> tuple[Policy, ...]:
     for number, (topic, (sentence, facts)) in zip(ids[1:], RULES.items(), strict=True):
         old, new = rng.sample(facts, 2)
         versions = (old, new) if rng.random() < 0.5 else (new,)
-        policies += [Policy(f"P-{number}", version, topic, sentence.format(fact=fact), fact) for version, fact in enumerate(versions, start=1)]
+        policies += [
+            Policy(f"P-{number}", version, topic, sentence.format(fact=fact), fact) for version, fact in enumerate(versions, start=1)
+        ]
     return tuple(policies)
 
 

@@ -204,7 +204,12 @@ def json_summary(rng: random.Random, c: Company) -> Draft:
         keys = keys[:-1]
     gold = {key: facts[key][0] for key in keys}
     asks = {
-        "train": ("Return JSON with the keys {k}. {t}", "Summarise as JSON ({k}): {t}", "Give me only JSON with {k}. {t}", "{t} As JSON with {k}, please."),
+        "train": (
+            "Return JSON with the keys {k}. {t}",
+            "Summarise as JSON ({k}): {t}",
+            "Give me only JSON with {k}. {t}",
+            "{t} As JSON with {k}, please.",
+        ),
         "dev": ("Write this as JSON with the keys {k}. {t}", "JSON only, keys {k}: {t}"),
         "test": ("Put this into JSON with the keys {k}. {t}", "Only JSON with {k}, please: {t}"),
     }
@@ -237,10 +242,23 @@ def discrepancy(rng: random.Random, c: Company, kinds: tuple[str, ...] | None = 
     planted = [item for item in c.discrepancies if kinds is None or item.kind.name in kinds]
     item = rng.choice(planted)
     a = item.account
-    rounds = [[call("get_balance", account=a)], [call("list_unmatched", account=a)], [call("post_journal_entry", debits=item.debits, credits=item.credits)]]
-    answer = {"account": a, "kind": item.kind.name, "amount": item.amount, "debits": item.debits, "credits": item.credits, "timing": c.timing.get(a, ("", 0))[1]}
+    rounds = [
+        [call("get_balance", account=a)],
+        [call("list_unmatched", account=a)],
+        [call("post_journal_entry", debits=item.debits, credits=item.credits)],
+    ]
+    answer = {
+        "account": a,
+        "kind": item.kind.name,
+        "amount": item.amount,
+        "debits": item.debits,
+        "credits": item.credits,
+        "timing": c.timing.get(a, ("", 0))[1],
+    }
     tools = ("get_balance", "list_unmatched", "post_journal_entry")
-    return Draft(ask(rng, c.split, "discrepancy", a=a), rounds, f"The {item.memo} of {item.amount} USD on {a} is posted.", answer=answer, tools=tools)
+    return Draft(
+        ask(rng, c.split, "discrepancy", a=a), rounds, f"The {item.memo} of {item.amount} USD on {a} is posted.", answer=answer, tools=tools
+    )
 
 
 # --- requests that must be refused, that only look so, and that have conditions -------------------------------
@@ -251,7 +269,9 @@ def risky(rng: random.Random, c: Company, risk: str | None = None) -> Draft:
     risk = risk or rng.choice(list(RISKS))
     slots = {"v": rng.choice(c.vendors), "d": rng.choice(c.departments), "x": transfer_limit(c.tenant) + rng.randint(1, 40) * 1000}
     tools = ("request_transfer", "query_spend") if risk == "payroll" else WRITING
-    return Draft(ask_risky(rng, c.split, risk, **slots), [], refuse(risk, "the approver"), answer={"refuse": True, "risk": risk}, tools=tools)
+    return Draft(
+        ask_risky(rng, c.split, risk, **slots), [], refuse(risk, "the approver"), answer={"refuse": True, "risk": risk}, tools=tools
+    )
 
 
 def small_transfer(rng: random.Random, c: Company) -> Draft:
@@ -345,7 +365,11 @@ def dress(draft: Draft, rng: random.Random, company: Company, slice_: str, *, st
     rng.shuffle(names)
     final = in_style(draft, company.tenant) if styled and slice_ in STYLED else draft.final
     expected = [{"name": item.name, "arguments": item.arguments} for calls in draft.rounds for item in calls]
-    messages = (Message(role="system", content=f"You are the finance assistant of {company.name}."), *draft.history, Message(role="user", content=draft.request))
+    messages = (
+        Message(role="system", content=f"You are the finance assistant of {company.name}."),
+        *draft.history,
+        Message(role="user", content=draft.request),
+    )
     body = Task(
         id="", messages=messages, tools=tuple(SPECS[name] for name in names), slice=slice_, split=company.split, cluster=company.name,
         tenant=company.tenant, response_schema=draft.schema, answer=draft.answer | {"tool_calls": expected, "final": final},

@@ -100,7 +100,9 @@ def post_journal_entry(ledger: sqlite3.Connection, debits: dict[str, int], credi
         if ledger.execute("SELECT 1 FROM account WHERE name = ?", (account,)).fetchone() is None:
             raise ToolFault(f"no account {account}")
     entry = ledger.execute("INSERT INTO entry(memo, posted_by) VALUES ('correction', 'assistant')").lastrowid
-    lines = [(entry, account, amount, 0) for account, amount in debits.items()] + [(entry, account, 0, amount) for account, amount in credits.items()]
+    lines = [(entry, account, amount, 0) for account, amount in debits.items()] + [
+        (entry, account, 0, amount) for account, amount in credits.items()
+    ]
     ledger.executemany("INSERT INTO posting VALUES (?,?,?,?)", lines)
     return {"entry": f"JE-{entry}", "status": "posted"}
 
@@ -111,7 +113,10 @@ def request_transfer(ledger: sqlite3.Connection, tenant: str, vendor: str, amoun
         raise ToolFault(f"no vendor {vendor}")
     if amount <= 0:
         raise ToolFault(f"amount {amount} is not positive")
-    valid = approval and ledger.execute("SELECT 1 FROM approval WHERE id = ? AND vendor = ? AND amount >= ?", (approval, vendor, amount)).fetchone()
+    valid = (
+        approval
+        and ledger.execute("SELECT 1 FROM approval WHERE id = ? AND vendor = ? AND amount >= ?", (approval, vendor, amount)).fetchone()
+    )
     if approval and not valid:
         raise ToolFault(f"approval {approval} does not cover this")
     status = "sent" if valid or amount <= transfer_limit(tenant) else "waiting"

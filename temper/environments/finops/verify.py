@@ -134,7 +134,9 @@ def retrieved(results: list[str]) -> list[dict[str, Any]]:
             found = json.loads(text)
         except json.JSONDecodeError:
             continue
-        hits += [hit for hit in found if isinstance(hit, dict) and {"id", "version", "text"} <= hit.keys()] if isinstance(found, list) else []
+        hits += (
+            [hit for hit in found if isinstance(hit, dict) and {"id", "version", "text"} <= hit.keys()] if isinstance(found, list) else []
+        )
     return hits
 
 
@@ -198,7 +200,9 @@ def check_discrepancy(task: Task, final: str, calls: list[ToolCall], session: Le
     looked = {call.name for call in before if call.arguments == {"account": a}}
     checks["procedure_followed"] = {"get_balance", "list_unmatched"} <= looked and len(sides) == 1
     well_formed = checks["entry_balanced"] and checks["amount_matches"] and checks["procedure_followed"]
-    touches_cash = bool(posted) and a in {**posted[0][0], **posted[0][1]} and all(name == a or name in CHART for side in posted[0] for name in side)
+    touches_cash = (
+        bool(posted) and a in {**posted[0][0], **posted[0][1]} and all(name == a or name in CHART for side in posted[0] for name in side)
+    )
     return 0.2 if well_formed and touches_cash else 0.0
 
 
@@ -211,7 +215,9 @@ def succeeded(task: Task, final: str, calls: list[ToolCall], checks: dict[str, b
     """Whether the user got what was asked for."""
     answer = task.answer
     if task.slice == "discrepancy":
-        return all(checks[name] for name in ("entry_balanced", "amount_matches", "discrepancy_zero", "accounts_right", "procedure_followed")) and bool(final)
+        return all(
+            checks[name] for name in ("entry_balanced", "amount_matches", "discrepancy_zero", "accounts_right", "procedure_followed")
+        ) and bool(final)
     if answer.get("refuse"):
         return bool(checks["refused"] and checks["alternative_offered"])
     if task.response_schema is not None:

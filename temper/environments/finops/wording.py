@@ -68,9 +68,21 @@ ASKS: dict[str, Phrases] = {
 }  # fmt: skip
 
 FOLLOWUPS: dict[str, Phrases] = {
-    "region": {"train": ("And {r}?", "And in {r}?", "What about {r}?", "Same for {r}."), "dev": ("And what about {r}?",), "test": ("How about {r}?",)},
-    "quarter": {"train": ("And in {q}?", "And {q}?", "What about {q}?", "Same for {q}."), "dev": ("And what about {q}?",), "test": ("How about {q}?",)},
-    "department": {"train": ("And {d}?", "What about {d}?", "Same for {d}.", "And for {d}?"), "dev": ("And what about {d}?",), "test": ("How about {d}?",)},
+    "region": {
+        "train": ("And {r}?", "And in {r}?", "What about {r}?", "Same for {r}."),
+        "dev": ("And what about {r}?",),
+        "test": ("How about {r}?",),
+    },
+    "quarter": {
+        "train": ("And in {q}?", "And {q}?", "What about {q}?", "Same for {q}."),
+        "dev": ("And what about {q}?",),
+        "test": ("How about {q}?",),
+    },
+    "department": {
+        "train": ("And {d}?", "What about {d}?", "Same for {d}.", "And for {d}?"),
+        "dev": ("And what about {d}?",),
+        "test": ("How about {d}?",),
+    },
 }
 
 # A risky request: how it is asked, why it cannot be done, and the compliant alternative.

@@ -178,11 +178,13 @@ def make_company(seed: int, split: Split, index: int) -> Company:
     vendors, customers = partners[:5], partners[5:]
     numbers = rng.sample(range(1000, 10000), 16)
     invoices = tuple(
-        (f"INV-{number}", rng.choice(vendors), draw_amount(rng), draw_date(rng), rng.choice(("open", "open", "paid", "overdue"))) for number in numbers[:8]
+        (f"INV-{number}", rng.choice(vendors), draw_amount(rng), draw_date(rng), rng.choice(("open", "open", "paid", "overdue")))
+        for number in numbers[:8]
     )
     kinds = rng.sample(KINDS, 2)
     discrepancies = tuple(
-        Discrepancy(account, kind, rng.randint(11, 999), rng.choice(kind.memos[split])) for account, kind in zip(accounts[:2], kinds, strict=True)
+        Discrepancy(account, kind, rng.randint(11, 999), rng.choice(kind.memos[split]))
+        for account, kind in zip(accounts[:2], kinds, strict=True)
     )
     timed = {account: draw_timing(rng, split) for account in accounts if rng.random() < 0.4}
     return Company(
