@@ -44,10 +44,11 @@ class Config(CoreConfig):
     options: Options = Options()
 
 
-def run(cfg: Config, engine: Engine, environment: Environment) -> dict[str, Any]:
+def run(cfg: Config, engine: Engine, environment: Environment, *, model_hash: str | None = None) -> dict[str, Any]:
     """Evaluate, write report.json and records.jsonl into `cfg.out` (whole or absent), and return their paths and the figures.
 
-    The caller opens the model with its adapters loaded under the tenants' names, and the environment.
+    The caller opens the model with its adapters loaded under the tenants' names, and the environment. `model_hash`
+    is what a verdict will be bound to (weights and adapters together); the weights' own hash unless told.
     """
     adapter_of = (lambda task: task.tenant if task.tenant in cfg.adapters else None) if cfg.adapters else None
     report, records = run_suite(
@@ -61,6 +62,7 @@ def run(cfg: Config, engine: Engine, environment: Environment) -> dict[str, Any]
         options=cfg.options,
         previous=read_report(Path(cfg.previous)) if cfg.previous else None,
         ledger=Path(cfg.ledger) if cfg.ledger else None,
+        model_hash=model_hash,
     )
     out = Path(cfg.out)
     with whole_folder(out) as scratch:

@@ -154,10 +154,11 @@ def test_records_that_answer_other_tasks_are_refused(world, engine, script, gold
 def test_run_writes_a_whole_folder_and_it_reads_back(world, engine, script, gold, tmp_path, monkeypatch):
     monkeypatch.setattr("temper.evaluate.suite.default_collect", lambda: script(gold))
     cfg = Config(name="sft", model="m", out=str(tmp_path / "out"), options=Options(price=Price(input_per_million=1, output_per_million=2)))
-    result = evaluate_run(cfg, engine, world)
+    result = evaluate_run(cfg, engine, world, model_hash="weights and adapters")
     verify_folder(tmp_path / "out")
     report = read_report(Path(result["report"]))
     assert report.measure("runtime.cost").value > 0
+    assert report.model_hash == "weights and adapters"
     assert result["figures"]["instruction.task_success"]["count"] == 36
     assert len((tmp_path / "out" / "records.jsonl").read_text().splitlines()) == 36
     (tmp_path / "wrong.json").write_text(json.dumps({"name": 1}))
