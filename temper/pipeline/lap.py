@@ -148,7 +148,7 @@ def print_table(cfg: PipelineConfig, reports: dict[str, Report], outcome: dict[s
     table.add_column("phase")
     for heading, _ in SHOWN:
         table.add_column(heading, justify="right")
-    rows = [(name, report) for name, report in reports.items()] + [
+    rows = list(reports.items()) + [
         (f"{name} (sealed)", report) for name, report in outcome["sealed"].items()
     ]
     for name, report in rows:
