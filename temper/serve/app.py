@@ -134,7 +134,7 @@ class Server:
         loaded = self.worker.current
         line.release, line.tenant = loaded.release.id, self.tenant(http, loaded, request)
         self._require_alive(loaded)
-        task, engine = self.tasks.find(request, line.tenant), QueuedEngine(self.worker, loaded)
+        task, engine = await asyncio.to_thread(self.tasks.find, request, line.tenant), QueuedEngine(self.worker, loaded)
         adapter = loaded.expected(line.tenant)
         record = await asyncio.to_thread(run_episode, engine, self.tasks.environment, task, request, adapter)
         self._note(line, engine.jobs[-1], loaded, engine.sampled)
@@ -283,7 +283,7 @@ def create_app(
 
     @app.get("/v1/tasks")
     async def tasks() -> Response:
-        return JSONResponse({"object": "list", "data": server.list_tasks()})
+        return JSONResponse({"object": "list", "data": await asyncio.to_thread(server.list_tasks)})
 
     @app.get("/v1/models")
     async def models(http: Request) -> Response:

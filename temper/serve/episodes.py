@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -54,7 +55,11 @@ class Tasks:
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
-        self.by_id = {task.id: task for split in OPEN_SPLITS for task in environment.tasks(split)}
+
+    @cached_property
+    def by_id(self) -> dict[str, Task]:
+        """Every open task by its id; made when first asked for, since making a world takes time."""
+        return {task.id: task for split in OPEN_SPLITS for task in self.environment.tasks(split)}
 
     def find(self, request: EpisodeRequest, tenant: str | None) -> Task:
         """The task, its prompt replaced where the request brings its own. Raises ApiError 403 or 404."""

@@ -63,7 +63,8 @@ class ScriptedEngine:
         config = SimpleNamespace(max_position_embeddings=4096)
         tokenizer = SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode(errors="replace"))
         self.policy = SimpleNamespace(
-            template=Template(), tokenizer=tokenizer, adapter_hash=lambda name: digest(self.adapters[name]), model=SimpleNamespace(config=config),
+            template=Template(), tokenizer=tokenizer,
+            adapter_hash=lambda name: digest(self.adapters[name]), model=SimpleNamespace(config=config),
             load_adapter=lambda name, path: self.adapters.__setitem__(name, (path / "adapter").read_text()),
         )  # fmt: skip
 
