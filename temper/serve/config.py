@@ -14,7 +14,8 @@ class ServeConfig(Config):
     """One server: what it serves, where it listens, what it writes down, and its limits.
 
     `constrain_tools` says when a grammar guarantees valid tool calls: always where tools are offered, only for tools
-    marked strict, or never. `override_deprecation` serves a release past its last day.
+    marked strict, or never. `keep_prefixes` reuses computed prompts between requests of one tenant: faster for long
+    conversations, but equal requests then agree to rounding only. `override_deprecation` serves a release past its last day.
     """
 
     registry: Path = Path("runs/registry")
@@ -27,6 +28,7 @@ class ServeConfig(Config):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     max_rows: int = Field(default=64, ge=1)
+    keep_prefixes: bool = False
     max_waiting: int = Field(default=1024, ge=1)
     gather_ms: float = Field(default=3.0, ge=0)
     poll_seconds: float = Field(default=1.0, gt=0)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from temper.core.records import Message, Outcome, Record, Sampled, Split
-from temper.rollout.engine import Engine, Request
+from temper.rollout.engine import Engine, Reply, Request
 from temper.rollout.environment import Environment, Task
 from temper.rollout.episodes import collect
 from temper.serve.errors import ApiError
@@ -48,6 +48,21 @@ class QueuedEngine:
         rows = job.future.result()
         self.sampled += rows
         return rows
+
+    def converse(self, requests: Sequence[Request], reply: Reply) -> list[list[Sampled]]:
+        """Several turns for each request, as `Engine.converse`; each round of turns waits in the queue together."""
+        turns: list[list[Sampled]] = [[] for _ in requests]
+        live = dict(enumerate(requests))
+        while live:
+            sampled = self.sample(list(live.values()))
+            following: dict[int, Request] = {}
+            for index, row in zip(list(live), sampled, strict=True):
+                turns[index].append(row)
+                request = reply(index, row)
+                if request is not None:
+                    following[index] = request
+            live = following
+        return turns
 
 
 class Tasks:

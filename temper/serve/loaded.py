@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from temper.core.errors import IntegrityError
+from temper.core.hashing import hash_text
 from temper.core.storage import verify_folder
 from temper.registry import Registry, Release
 from temper.rollout.engine import Engine
@@ -43,8 +44,8 @@ class Loaded:
 def load_release(registry: Registry, reference: str, open_engine: OpenEngine, *, override: bool = False) -> Loaded:
     """Verify and load a release and every adapter of it. Raises IntegrityError, ReleaseError, TemplateError.
 
-    An adapter is named inside the engine by its content hash, so two releases or tenants can never share a name
-    by accident, and a cache keyed by the name is keyed by the content.
+    Inside the engine an adapter is named by its tenant's salt and its content hash: no two tenants share a name, even
+    with equal adapters, so no cache that is keyed by the name is ever shared between them or outlives the content.
     """
     started = time.monotonic()
     release = registry.resolve(reference, override=override)
@@ -60,16 +61,14 @@ def load_release(registry: Registry, reference: str, open_engine: OpenEngine, *,
         )
     adapter_of, hash_of, numbers_of = {}, {}, {}
     for tenant, digest in sorted(release.adapters.items()):
-        name, folder = f"a{digest}", registry.adapter_path(release, tenant)
-        if name not in hash_of:
-            engine.policy.load_adapter(name, folder)
-            hash_of[name] = verify_folder(folder)  # read again after loading: what was read is what is recorded
-            numbers_of[name] = engine.policy.adapter_hash(name)
-        if hash_of[name] != digest:
+        name, folder = f"{hash_text(tenant)[:16]}_{digest}", registry.adapter_path(release, tenant)
+        engine.policy.load_adapter(name, folder)
+        found = verify_folder(folder)  # read again after loading: what was read is what is recorded
+        if found != digest:
             raise IntegrityError(
-                f"adapter of tenant {tenant!r} changed while it was loaded", why=f"recorded {digest[:16]}, found {hash_of[name][:16]}"
+                f"adapter of tenant {tenant!r} changed while it was loaded", why=f"recorded {digest[:16]}, found {found[:16]}"
             )
-        adapter_of[tenant] = name
+        adapter_of[tenant], hash_of[name], numbers_of[name] = name, found, engine.policy.adapter_hash(name)
     return Loaded(release, engine, adapter_of, hash_of, numbers_of, verify_folder(weights), time.monotonic() - started)
 
 
@@ -77,6 +76,8 @@ def opener(config: ServeConfig) -> OpenEngine:
     """How a weights folder becomes an engine under `config`."""
 
     def open_engine(weights: Path) -> Engine:
-        return Engine.load(weights, precision=config.precision, device=config.device, max_rows=config.max_rows)
+        return Engine.load(
+            weights, precision=config.precision, device=config.device, max_rows=config.max_rows, keep_prefixes=config.keep_prefixes
+        )
 
     return open_engine
