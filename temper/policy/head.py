@@ -14,58 +14,18 @@ logZ = log Σ_A exp s,  H = logZ - Σ_A p s;  ∂log p(y)/∂s = 1_y - p,  ∂H/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from temper.core.errors import DataError, ShapeError
+from temper.core.errors import ShapeError
 from temper.policy.products import accurate_times_transposed, times
+from temper.policy.support import Support
 
 TILE_LOGITS = 1 << 20  # float32 logits of one tile: 4 MiB, a few of which stay in a core's share of the cache
-FORBIDDEN = -1e30  # finite, so that 0 · FORBIDDEN is 0 and not NaN
-
-
-@dataclass(frozen=True)
-class Support:
-    """Which tokens were allowed, for the rows where not all were: token `id_M[i]` in row `row_M[i]`.
-
-    `restricted_N` marks rows with a list; all others allow the whole vocabulary. Rows ascend in `row_M`.
-    """
-
-    restricted_N: Tensor
-    row_M: Tensor
-    id_M: Tensor
-
-    @classmethod
-    def of(cls, allowed_N: Sequence[Sequence[int] | None], targets_N: Tensor) -> Support | None:
-        """The support of N rows (None: everything). Raises DataError where a row's target is not allowed in it."""
-        if all(allowed is None for allowed in allowed_N):
-            return None
-        for row, (allowed, target) in enumerate(zip(allowed_N, targets_N.tolist(), strict=True)):
-            if allowed is not None and target not in set(allowed):
-                raise DataError(
-                    f"supervised token {row} is {target}, which its support does not allow",
-                    why=f"{len(allowed)} tokens are allowed there",
-                    do="record the support of the distribution that was really sampled",
-                )
-        device = targets_N.device
-        lists = [(row, torch.as_tensor(allowed)) for row, allowed in enumerate(allowed_N) if allowed is not None]
-        return cls(
-            torch.tensor([allowed is not None for allowed in allowed_N], device=device),
-            torch.cat([torch.full((len(ids),), row) for row, ids in lists]).to(device),
-            torch.cat([ids for _, ids in lists]).to(device),
-        )
-
-    def forbid(self, logits_R_V: Tensor, start: int) -> None:
-        """Set the logits that are not allowed in rows start … start+R to FORBIDDEN, in place."""
-        rows = logits_R_V.shape[0]
-        low, high = torch.searchsorted(self.row_M, torch.tensor([start, start + rows], device=self.row_M.device)).tolist()
-        allowed_R_V = (~self.restricted_N[start : start + rows, None]).expand(-1, logits_R_V.shape[1]).clone()
-        allowed_R_V[self.row_M[low:high] - start, self.id_M[low:high]] = True
-        logits_R_V.masked_fill_(~allowed_R_V, FORBIDDEN)
 
 
 @dataclass(frozen=True)
@@ -102,6 +62,9 @@ class Head:
         if self.softcap is not None:
             grad_R_V.mul_(1 - (logits_R_V * (temperature / self.softcap)).square().clamp_(max=1.0))
         return grad_R_V
+
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 class TokenValues(NamedTuple):
@@ -152,6 +115,18 @@ def check_rows(hidden_N_D: Tensor, head: Head, targets_N: Tensor) -> None:
         )
 
 
+def divergence(
+    hidden_N_D: Tensor, head: Head, teacher: Callable[[slice], Tensor], weights_N: Tensor, measure: Divergence, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Σ weight·measure(student, teacher) over rows, and each row's value (no gradient), tile by tile.
+
+    `teacher(rows)` gives the teacher's logits of these rows, `measure` takes log-probabilities [R, V] of both and
+    returns [R]. Gradients are formed in the forward; neither model's logits ever exist whole.
+    """
+    total, values_N = _Divergence.apply(hidden_N_D, head.weight_V_D, head.bias_V, weights_N, head, teacher, measure, temperature)
+    return total, values_N
+
+
 class _Tile(NamedTuple):
     rows: slice
     logits_R_V: Tensor
@@ -196,7 +171,7 @@ class _CrossEntropy(torch.autograd.Function):
         head: Head,
         z_loss: float,
     ) -> Any:
-        wide = torch.float64 if hidden_N_D.dtype is torch.float64 else torch.float32
+        wide = _wide(hidden_N_D)
         count = hidden_N_D.shape[0]
         logprobs_N, logz_N = hidden_N_D.new_empty(count, dtype=wide), hidden_N_D.new_empty(count, dtype=wide)
         weights_N = weights_N.to(wide)
@@ -237,7 +212,7 @@ class _TokenValues(torch.autograd.Function):
         temperature: float,
         entropy: bool,
     ) -> Any:
-        wide = torch.float64 if hidden_N_D.dtype is torch.float64 else torch.float32
+        wide = _wide(hidden_N_D)
         count = hidden_N_D.shape[0]
         logprobs_N, entropy_N, logz_N = (hidden_N_D.new_empty(count, dtype=wide) for _ in range(3))
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -293,11 +268,57 @@ class _TokenValues(torch.autograd.Function):
         return *grads.scaled(None), *[None] * 5
 
 
+class _Divergence(torch.autograd.Function):
+    """Σ w·measure with the gradient of one tile of logits at a time taken by autograd, in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_N_D: Tensor,
+        weight_V_D: Tensor,
+        bias_V: Tensor | None,
+        weights_N: Tensor,
+        head: Head,
+        teacher: Callable[[slice], Tensor],
+        measure: Divergence,
+        temperature: float,
+    ) -> Any:
+        grads = _Gradients(hidden_N_D, head, *ctx.needs_input_grad[:3])
+        values_N = hidden_N_D.new_empty(len(hidden_N_D), dtype=_wide(hidden_N_D))
+        for start in _tiles(head, len(hidden_N_D)):
+            rows = slice(start, min(start + head.tile_rows, len(hidden_N_D)))
+            logits_R_V = head.logits(hidden_N_D[rows], temperature)
+            with torch.enable_grad():
+                leaf_R_V = logits_R_V.detach().requires_grad_(grads.needed)
+                values_R = measure(log_softmax(leaf_R_V), log_softmax(teacher(rows) / temperature))
+            values_N[rows] = values_R.detach()
+            if grads.needed:
+                (grad_R_V,) = torch.autograd.grad(values_R, leaf_R_V, weights_N[rows].to(values_R.dtype))
+                grads.add(rows, head.uncap_(grad_R_V, logits_R_V, temperature))
+        ctx.grads = grads
+        ctx.mark_non_differentiable(values_N)
+        return (values_N * weights_N).sum(), values_N
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        return *ctx.grads.scaled(grad), *[None] * 5
+
+
+def log_softmax(logits_R_V: Tensor) -> Tensor:
+    """Row-wise log-softmax; on a CPU faster than torch's, which goes through the rows with a scalar logarithm."""
+    shifted_R_V = logits_R_V - logits_R_V.detach().amax(-1, keepdim=True)
+    return shifted_R_V - shifted_R_V.exp().sum(-1, keepdim=True).log()
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
 class _Gradients:
     """dH, dW and db gathered tile by tile in float32 from the gradient of the logits."""
 
     def __init__(self, hidden_N_D: Tensor, head: Head, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
-        wide = torch.float64 if hidden_N_D.dtype is torch.float64 else torch.float32
+        wide = _wide(hidden_N_D)
         self.needed = need_hidden or need_weight or need_bias
         self.dtype = wide if wide is torch.float64 else head.dtype
         self.hidden_dtype, self.weight_dtype = hidden_N_D.dtype, head.weight_V_D.dtype

@@ -15,9 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from temper.policy.losses import LossOut, same_shape
-
-LARGEST_LOGRATIO = 20.0  # keeps e⁻ʳ of k3 finite for a token that the policy has all but forgotten
+from temper.policy.losses import LARGEST_LOGRATIO, LossOut, same_shape
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -46,10 +44,21 @@ ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "straight_through": straight_through
 
 
 def kl_penalty(
-    logprobs_B_T: Tensor, ref_logprobs_B_T: Tensor, mask_B_T: Tensor, *, weights_B_T: Tensor | None = None, importance_B_T: Tensor | None = None
+    logprobs_B_T: Tensor,
+    ref_logprobs_B_T: Tensor,
+    mask_B_T: Tensor,
+    *,
+    weights_B_T: Tensor | None = None,
+    importance_B_T: Tensor | None = None,
 ) -> LossOut:
     """Σ straight-through KL over the mask, to be added to a loss with a coefficient. The reference takes no gradient."""
-    same_shape(logprobs_B_T=logprobs_B_T, ref_logprobs_B_T=ref_logprobs_B_T, mask_B_T=mask_B_T, weights_B_T=weights_B_T, importance_B_T=importance_B_T)
+    same_shape(
+        logprobs_B_T=logprobs_B_T,
+        ref_logprobs_B_T=ref_logprobs_B_T,
+        mask_B_T=mask_B_T,
+        weights_B_T=weights_B_T,
+        importance_B_T=importance_B_T,
+    )
     kl_B_T = straight_through(logprobs_B_T.where(mask_B_T, 0.0), ref_logprobs_B_T.detach().where(mask_B_T, 0.0))
     value = kl_B_T.detach().sum()
     for factor_B_T in (weights_B_T, importance_B_T):

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from temper.core.errors import ConfigError, ShapeError
 
+LARGEST_LOGRATIO = 20.0  # keeps a ratio and its gradient finite for a token that one of two policies has all but forgotten
+
 
 @dataclass
 class LossOut:
@@ -66,7 +68,7 @@ def clipped_pg(
     """
     same_shape(logprobs_B_T=logprobs_B_T, old_logprobs_B_T=old_logprobs_B_T, advantages_B_T=advantages_B_T, mask_B_T=mask_B_T,
                weights_B_T=weights_B_T, importance_B_T=importance_B_T)  # fmt: skip
-    logratio_B_T = (logprobs_B_T - old_logprobs_B_T).where(mask_B_T, 0.0)
+    logratio_B_T = (logprobs_B_T - old_logprobs_B_T).where(mask_B_T, 0.0).clamp(-LARGEST_LOGRATIO, LARGEST_LOGRATIO)
     advantages_B_T = advantages_B_T.where(mask_B_T, 0.0)
     ratio_B_T = logratio_B_T.exp()
     clipped_B_T = ratio_B_T.clamp(1 - clip_low, 1 + clip_high)
@@ -218,7 +220,9 @@ def jsd(student_N_V: Tensor, teacher_N_V: Tensor, *, beta: float) -> Tensor:
     KL(teacher ‖ student) for β → 0 and to KL(student ‖ teacher) for β → 1; these are what the ends return here.
     """
     if not 0 <= beta <= 1:
-        raise ConfigError(f"beta is {beta}", why="it is the teacher's share of a mixture", do="choose it between 0 (forward KL) and 1 (reverse KL)")
+        raise ConfigError(
+            f"beta is {beta}", why="it is the teacher's share of a mixture", do="choose it between 0 (forward KL) and 1 (reverse KL)"
+        )
     if beta in (0, 1):
         return reverse_kl(student_N_V, teacher_N_V) if beta else forward_kl(student_N_V, teacher_N_V)
     same_shape(student_N_V=student_N_V, teacher_N_V=teacher_N_V)

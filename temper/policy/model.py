@@ -21,7 +21,8 @@ from temper.core.storage import FILES, read_json, verify_folder, whole_folder, w
 from temper.policy import adapters, peft_format
 from temper.policy.adapters import LoraConfig, Merge, Router
 from temper.policy.hardware import Precision, choose_device, choose_precision
-from temper.policy.head import Head, Support, cross_entropy, token_values
+from temper.policy.head import Divergence, Head, cross_entropy, divergence, token_values
+from temper.policy.inputs import attention_inputs, scatter, support_of
 from temper.policy.losses import LossOut
 
 if TYPE_CHECKING:
@@ -165,6 +166,26 @@ class Policy:
         total, logprobs_N, _ = cross_entropy(hidden_N_D, self.head, targets_N, batch.weights_B_T.flatten()[at_N], z_loss=z_loss)
         return LossOut(total, batch.mask_B_T.sum(), {"nll": -logprobs_N.sum()})
 
+    def divergence(self, batch: Batch, teacher: Policy, measure: Divergence, *, temperature: float = 1.0) -> LossOut:
+        """Σ weight·measure(self, teacher) over supervised positions, for example `losses.reverse_kl` (white-box distillation).
+
+        The teacher scores the same tokens, so its vocabulary must be this one's: across tokenizers DataError.
+        """
+        if teacher.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            raise DataError(
+                f"{teacher.path} and {self.path} have different tokenizers",
+                why="their distributions are over different tokens",
+                do="distil from text that the teacher wrote, by sft",
+            )
+        at_N, hidden_N_D, _ = self.supervised(batch)
+        with torch.no_grad():
+            _, teacher_N_D, _ = teacher.supervised(batch)
+        of_teacher, weights_N = teacher.head, batch.weights_B_T.flatten()[at_N]
+        total, values_N = divergence(
+            hidden_N_D, self.head, lambda rows: of_teacher.logits(teacher_N_D[rows]), weights_N, measure, temperature=temperature
+        )
+        return LossOut(total, batch.mask_B_T.sum(), {"divergence": values_N.sum()})
+
     def check_head(self) -> None:
         """Raise ShapeError where this model's logits are not those of its matrix and soft-cap alone."""
         tokens_1_T = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.model.config.get_text_config().vocab_size
@@ -302,31 +323,6 @@ class Policy:
 def filled(folder: Path) -> contextlib.AbstractContextManager[Path]:
     """Where to write the files of `folder`: itself where it is an unfinished folder, else one that is whole or absent."""
     return contextlib.nullcontext(folder) if folder.is_dir() and not (folder / FILES).is_file() else whole_folder(folder)
-
-
-def attention_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What a decoder needs besides tokens. Right padding needs nothing: no real token sees what stands after it."""
-    real_B_T, positions_B_T = batch.attention_B_T, batch.positions_B_T
-    if bool((real_B_T[:, 1:] & ~real_B_T[:, :-1]).any()):
-        return {"attention_mask": real_B_T.long(), "position_ids": positions_B_T}
-    straight_1_T = torch.arange(positions_B_T.shape[1], device=positions_B_T.device)[None]
-    if bool((positions_B_T == straight_1_T).where(real_B_T, True).all()):
-        return {}
-    return {"position_ids": positions_B_T}  # rows packed into one: transformers parts them where positions restart
-
-
-def support_of(batch: Batch, targets_N: Tensor) -> Support | None:
-    """The batch's support at its supervised positions, in their order; None where it carries none."""
-    support_B = getattr(batch, "support", None)
-    if support_B is None:
-        return None
-    allowed_N = [support_B[row][at] for row, at in batch.mask_B_T.nonzero().tolist()]
-    return Support.of(allowed_N, targets_N)
-
-
-def scatter(value_N: Tensor, at_N: Tensor, shape: torch.Size) -> Tensor:
-    """`value_N` at the flat positions `at_N` of zeros of `shape`."""
-    return value_N.new_zeros(shape.numel()).index_copy(0, at_N, value_N).view(shape)
 
 
 def hash_weights(weights: dict[str, nn.Parameter]) -> str:

@@ -1,0 +1,38 @@
+"""From a batch to what a decoder and the head take, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from temper.policy.support import Support
+
+if TYPE_CHECKING:
+    from temper.data.batch import Batch
+
+
+def attention_inputs(batch: Batch) -> dict[str, Tensor]:
+    """What a decoder needs besides tokens. Right padding needs nothing: no real token sees what stands after it."""
+    real_B_T, positions_B_T = batch.attention_B_T, batch.positions_B_T
+    if bool((real_B_T[:, 1:] & ~real_B_T[:, :-1]).any()):
+        return {"attention_mask": real_B_T.long(), "position_ids": positions_B_T}
+    straight_1_T = torch.arange(positions_B_T.shape[1], device=positions_B_T.device)[None]
+    if bool((positions_B_T == straight_1_T).where(real_B_T, True).all()):
+        return {}
+    return {"position_ids": positions_B_T}  # rows packed into one: transformers parts them where positions restart
+
+
+def support_of(batch: Batch, targets_N: Tensor) -> Support | None:
+    """The batch's support at its supervised positions, in their order; None where it carries none."""
+    support_B = getattr(batch, "support", None)
+    if support_B is None:
+        return None
+    allowed_N = [support_B[row][at] for row, at in batch.mask_B_T.nonzero().tolist()]
+    return Support.of(allowed_N, targets_N)
+
+
+def scatter(value_N: Tensor, at_N: Tensor, shape: torch.Size) -> Tensor:
+    """`value_N` at the flat positions `at_N` of zeros of `shape`."""
+    return value_N.new_zeros(shape.numel()).index_copy(0, at_N, value_N).view(shape)
