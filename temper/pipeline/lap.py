@@ -148,9 +148,7 @@ def print_table(cfg: PipelineConfig, reports: dict[str, Report], outcome: dict[s
     table.add_column("phase")
     for heading, _ in SHOWN:
         table.add_column(heading, justify="right")
-    rows = list(reports.items()) + [
-        (f"{name} (sealed)", report) for name, report in outcome["sealed"].items()
-    ]
+    rows = list(reports.items()) + [(f"{name} (sealed)", report) for name, report in outcome["sealed"].items()]
     for name, report in rows:
         measures = [report.measure(metric) for _, metric in SHOWN]
         table.add_row(name, *("–" if item is None or item.value is None else f"{item.value:.2f}" for item in measures))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
+import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from temper.core.config import load_config
 from temper.core.errors import MissingDependency
-from temper.core.hashing import stream_seed
 from temper.core.records import Message, ToolCall
 from temper.core.reports import Report, Verdict
 from temper.core.storage import folder_hash, read_json, write_json
@@ -20,11 +18,11 @@ from temper.gate.rule import GateRule
 from temper.pipeline.config import Phase, PipelineConfig
 from temper.registry import Registry
 from temper.registry.release import AccessPolicy, Release
-from temper.serve.audit import read_lines
 from temper.serve.config import ServeConfig
+from temper.serve.routing import route
 from temper.serve.server import app_for, serving
 
-CLIENTS = 16
+CLIENTS, ROUTING_UNIQUE = 32, 48
 
 
 def judge(rule_path: Path, candidate: Report, baseline: Report | None, out: Path, *, teacher: Report | None = None) -> Verdict:
@@ -65,14 +63,13 @@ def exercise(cfg: PipelineConfig, first: Release, second: Release, environment: 
     )
     with serving(app_for(settings, environment)) as url:
         shown = conversation(url, environment, second)
-        routing = route_mixed(url, environment, second, cfg.release.routing_requests)
         started = time.monotonic()
         registry.rollback(alias, reason="rollback exercised by the pipeline")
         back = wait_for(url, first.id)
         seconds = time.monotonic() - started
         registry.promote(second.id, alias, reason="forward again after the rollback exercise")
         forward = wait_for(url, second.id)
-    routing |= misrouted(audit, second)
+    routing = prove_routing(cfg, registry, alias)
     check = registry.rollback_check(second.id, previous=first.id)
     return {
         "conversation": shown, "routing": routing,
@@ -134,34 +131,15 @@ def openai_message(message: Message) -> dict[str, Any]:
     return spelt
 
 
-def route_mixed(url: str, environment: Any, release: Release, count: int) -> dict[str, Any]:
-    """`count` short requests of all tenants at once. The answers carry what served them; the audit is read afterwards."""
-    tasks = [task for task in environment.tasks("dev") if task.slice == "json_summary"]
-    rng = random.Random(stream_seed(0, "routing"))
-    tenants = sorted(release.adapters)
-    client = openai_client(url)
-    model = client.models.list().data[0].id
-
-    def one(number: int) -> str:
-        task = tasks[number % len(tasks)]
-        asked = [openai_message(message) for message in task.messages]
-        client.chat.completions.create(
-            model=model, messages=asked, temperature=0, max_tokens=8, extra_headers={"X-Tenant": chosen[number]}, user=f"route-{number}"
-        )  # type: ignore[arg-type]
-        return chosen[number]
-
-    chosen = [rng.choice(tenants) for _ in range(count)] if tenants else []
-    started = time.monotonic()
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        served = list(pool.map(one, range(len(chosen))))
-    return {"requests": len(served), "seconds": round(time.monotonic() - started, 2)}
-
-
-def misrouted(audit: Path, release: Release) -> dict[str, Any]:
-    """How many audited requests were answered through an adapter whose content is not their tenant's."""
-    lines = [line for line in read_lines(audit) if line.get("tenant")]
-    wrong = [line for line in lines if line["release"] == release.id and line["adapter_hash"] != release.adapters[line["tenant"]]]
-    return {"audited": len(lines), "through_another_tenant": len(wrong)}
+def prove_routing(cfg: PipelineConfig, registry: Registry, alias: str) -> dict[str, Any] | None:
+    """Mixed requests of all tenants, each answer compared with what its adapter says alone; None where none are asked for."""
+    if not cfg.release.routing_requests:
+        return None
+    scratch = Path(cfg.run) / "serve" / "routing"
+    shutil.rmtree(scratch, ignore_errors=True)
+    return route(
+        registry, alias, total=cfg.release.routing_requests, unique=ROUTING_UNIQUE, clients=CLIENTS, max_tokens=12, scratch=scratch
+    )
 
 
 def wait_for(url: str, release_id: str, seconds: float = 30.0) -> bool:
