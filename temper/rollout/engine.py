@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ from temper.rollout.masks import Masks
 from temper.rollout.rows import Request, Residents, Row
 
 if TYPE_CHECKING:
-    from temper.policy.model import Policy
+    from temper.policy.model import Policy, Precision
 
 __all__ = ["Engine", "Grammar", "Reply", "Request", "Stats"]
 
@@ -64,6 +65,15 @@ class Engine:
         self.cache = SlotCache()
         self.residents = Residents()
         self._computed_with: Hashable = None
+
+    @classmethod
+    def load(
+        cls, path: Path, *, precision: Precision = "auto", device: str = "auto", max_rows: int = 64, keep_prefixes: bool = False
+    ) -> Engine:
+        """An engine over the checkpoint at `path`, for rooms that sample and never train. Raises as `Policy.load` does."""
+        from temper.policy.model import Policy
+
+        return cls(Policy.load(path, precision=precision, device=device), max_rows, keep_prefixes=keep_prefixes)
 
     @property
     def context(self) -> int:
