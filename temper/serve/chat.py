@@ -18,7 +18,7 @@ from temper.rollout.engine import Request
 from temper.rollout.grammar import Grammar
 from temper.serve.errors import ApiError
 from temper.serve.loaded import Loaded
-from temper.serve.schema import ChatRequest, to_messages
+from temper.serve.schema import ChatRequest, NamedTool, to_messages
 
 SEED_MASK = 2**63 - 1
 
@@ -72,24 +72,23 @@ def plan(request: ChatRequest, loaded: Loaded, tenant: str | None, *, default_to
 
 
 def _grammar(request: ChatRequest, tools: tuple[ToolSpec, ...], schema: dict[str, Any] | None, constrain_tools: str) -> Grammar | None:
-    if schema is not None:
-        if tools:
-            raise ApiError(
-                400,
-                "invalid_value",
-                "response_format and tools together: set tool_choice to 'none' to get the JSON answer",
-                param="response_format",
-            )
-        return Grammar.json_schema(schema)
+    """What the answer may be. A forced call and a JSON answer always need a grammar; a free call where it is asked for."""
+    choice = request.tool_choice
+    if isinstance(choice, NamedTool):
+        return Grammar.tool_call([tool for tool in tools if tool.name == choice.function.name], text=False)
+    if choice == "required":
+        return Grammar.tool_call(tools, text=False)
+    if not tools:
+        return None if schema is None else Grammar.json_schema(schema)
     strict = any(tool.function.strict for tool in request.tools or ())
-    if tools and (constrain_tools == "always" or (constrain_tools == "strict" and strict)):
-        return Grammar.tool_call(tools)
+    if schema is not None or constrain_tools == "always" or (constrain_tools == "strict" and strict):
+        return Grammar.tool_call(tools, schema=schema)
     return None
 
 
 def context_length(loaded: Loaded) -> int:
     """How many tokens the release's model can hold."""
-    return int(loaded.engine.policy.model.config.max_position_embeddings)
+    return int(loaded.engine.context)
 
 
 def _token_limit(asked: int | None, prompt: int, context: int, default: int) -> int:
@@ -127,7 +126,7 @@ def _choice(made: Plan, loaded: Loaded, row: Sampled) -> Choice:
     reason = "tool_calls" if calls and row.finish_reason == "stop" else "stop" if stopped else row.finish_reason
     if reason == "error":
         raise ApiError(500, "sampling_failed", "the engine could not finish this answer")
-    valid = None if made.schema is None or reason == "length" else fits(text, made.schema)
+    valid = None if made.schema is None or calls or reason == "length" else fits(text, made.schema)
     return Choice(message, row, reason, valid, _logprobs(policy.tokenizer, ids, row) if made.request.logprobs else None)
 
 

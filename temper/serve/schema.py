@@ -78,6 +78,21 @@ class Tool(BaseModel):
     function: Function
 
 
+class ToolName(BaseModel):
+    """The name of one offered tool."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+
+
+class NamedTool(BaseModel):
+    """A tool_choice that leaves no way but calling this tool."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function"]
+    function: ToolName
+
+
 class JsonSchema(BaseModel):
     """A named JSON Schema that the answer must fit."""
 
@@ -110,7 +125,7 @@ class ChatRequest(BaseModel):
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     response_format: ResponseFormat | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -194,6 +209,11 @@ def _require_consistent(request: ChatRequest) -> None:
     if request.max_tokens and request.max_completion_tokens and request.max_tokens != request.max_completion_tokens:
         raise ApiError(400, "invalid_value", "max_tokens and max_completion_tokens differ; give one", param="max_tokens")
     names = [tool.function.name for tool in request.tools or ()]
+    if request.tool_choice == "required" and not names:
+        raise ApiError(400, "invalid_value", "tool_choice is 'required', but no tools are given", param="tool_choice")
+    if isinstance(request.tool_choice, NamedTool) and request.tool_choice.function.name not in names:
+        wanted_tool = request.tool_choice.function.name
+        raise ApiError(400, "invalid_value", f"tool_choice names {wanted_tool!r}, which is not among the tools", param="tool_choice")
     if len(set(names)) != len(names):
         raise ApiError(400, "invalid_value", "tools: two tools have one name", param="tools")
 

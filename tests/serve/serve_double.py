@@ -60,11 +60,11 @@ class ScriptedEngine:
     def __init__(self, weights, say, gate=None):
         self.weights, self.say, self.gate = (weights / "weights").read_text(), say, gate
         self.adapters, self.batches, self.thread = {}, [], None
-        config = SimpleNamespace(max_position_embeddings=4096)
+        self.context = 4096
         tokenizer = SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode(errors="replace"))
         self.policy = SimpleNamespace(
             template=Template(), tokenizer=tokenizer,
-            adapter_hash=lambda name: digest(self.adapters[name]), model=SimpleNamespace(config=config),
+            adapter_hash=lambda name: digest(self.adapters[name]),
             load_adapter=lambda name, path: self.adapters.__setitem__(name, (path / "adapter").read_text()),
         )  # fmt: skip
 
