@@ -10,13 +10,14 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 )  # fmt: skip
 
 import temper.data
 
+PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 FAMILIES = ("llama", "qwen3", "mistral", "gemma")
 SPECIAL = {
     "llama": ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|finetune_right_pad_id|>"),
@@ -56,9 +57,11 @@ def template_text(family: str) -> str:
 
 
 def byte_level(vocabulary: int, special: tuple[str, ...]) -> Tokenizer:
-    """Byte-level BPE, as Llama 3 and Qwen have it."""
+    """Byte-level BPE over the pieces of Llama 3 and Qwen: a run of line ends is one piece, whatever follows it."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False))
@@ -89,10 +92,8 @@ def sentence_pieces(vocabulary: int, special: tuple[str, ...], *, prefix: bool) 
 @cache
 def trained(family: str) -> str:
     """The family's tokenizer as JSON, trained once a process."""
-    if family in ("llama", "qwen3"):
-        tokenizer = byte_level(512, SPECIAL[family])
-    else:
-        tokenizer = sentence_pieces(768, SPECIAL[family], prefix=family == "mistral")
+    bytewise = family in ("llama", "qwen3")
+    tokenizer = byte_level(512, SPECIAL[family]) if bytewise else sentence_pieces(768, SPECIAL[family], prefix=family == "mistral")
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in PLAIN_ADDED.get(family, ())])
     return tokenizer.to_str()
 
