@@ -67,7 +67,7 @@ def send_all(url: str, model: str, requests: list[dict[str, Any]], clients: int)
 
 def say_alone(
     registry: Registry, release: Release, config: ServeConfig, wanted: list[dict[str, Any]], tenant: str | None
-) -> dict[int, list[str]]:
+) -> dict[int, str]:
     """Request number -> what one tenant's adapter, alone in a fresh engine, answers to the request's prompt and seed."""
     engine = opener(config)(registry.weights_path(release))
     adapter = None

@@ -114,7 +114,9 @@ class Worker:
             deadline = time.monotonic() + self.gather_s
             while sum(len(job.rows) for job in self._waiting) < self.max_rows and (left := deadline - time.monotonic()) > 0:
                 self._wake.wait(left)
-            first, taken, left_over, rows = self._waiting[0].loaded, [], deque[Job](), 0
+            first, rows = self._waiting[0].loaded, 0
+            taken: list[Job] = []
+            left_over: deque[Job] = deque()
             for job in self._waiting:
                 fits = job.loaded is first and (not taken or rows + len(job.rows) <= self.max_rows)
                 if not fits:

@@ -73,6 +73,15 @@ def test_of_200_mixed_requests_none_is_answered_through_another_tenants_adapter(
     assert found["answers_not_as_alone"] == 0
 
 
+def test_the_proof_finds_rows_that_go_through_a_neighbours_adapter(registry, tmp_path, monkeypatch):
+    """An engine that routed each row as its neighbour would be found out by the comparison with each adapter alone."""
+    real = Policy.use
+    monkeypatch.setattr(Policy, "use", lambda self, names: real(self, [names[-1], *names[:-1]]))
+    found = route(registry, "production", total=24, unique=24, clients=12, max_tokens=12, scratch=tmp_path)
+    assert found["answers_equal_to_another_tenants"] > 0
+    assert found["answers_not_as_alone"] > 0
+
+
 def test_json_and_tool_calls_are_valid_even_from_a_random_model(registry, tmp_path):
     import json
 
