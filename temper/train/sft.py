@@ -17,11 +17,24 @@ from pydantic import Field
 from temper.core.progress import track
 from temper.core.records import Record
 from temper.data.batch import collate
-from temper.data.sequence import Sequence, to_sequence
+from temper.data.sequence import Sequence
 from temper.policy.model import Policy
 from temper.train.estimate import Estimate, estimate_rows
 from temper.train.learner import Learner
-from temper.train.stage import AdaptableConfig, checkpoint_hash, keep, load_records, manifest_hash, open_run, plan_steps, prepare, resume, rounded, save_trained
+from temper.train.stage import (
+    AdaptableConfig,
+    checkpoint_hash,
+    keep,
+    load_records,
+    manifest_hash,
+    open_run,
+    plan_steps,
+    prepare,
+    resume,
+    rounded,
+    rows_of,
+    save_trained,
+)
 
 
 class Config(AdaptableConfig):
@@ -68,8 +81,7 @@ def inputs(cfg: Config) -> dict[str, str]:
 def sequences(records: list[Record], policy: Policy, cfg: Config) -> list[Sequence]:
     """Each record as a training row, weighted as the config says and routed to the adapter under training."""
     rows = []
-    for record in records:
-        row = to_sequence(record, policy.template, cfg.max_tokens)
+    for row in rows_of(records, policy.template, cfg.max_tokens):
         share = 1.0 if cfg.weighting == "token" else 1.0 / sum(row.weights)
         rows.append(dataclasses.replace(row, weights=[weight * share for weight in row.weights], adapter=cfg.trains))
     return rows

@@ -16,16 +16,18 @@ import torch
 from pydantic import Field
 
 from temper.core.config import Config
-from temper.core.errors import DataError
+from temper.core.errors import DataError, ManifestError
 from temper.core.hashing import hash_file, hash_folder, hash_text, hash_value, stream_seed
+from temper.core.progress import track
 from temper.core.records import Manifest, Record
 from temper.core.run import RunDirectory
 from temper.core.storage import FILES, folder_hash, read_json
 from temper.data.batch import plan_batches
-from temper.data.sequence import load_manifest
+from temper.data.sequence import Sequence, load_manifest, to_sequence
+from temper.data.template import Template
 from temper.policy.adapters import LoraConfig
 from temper.policy.model import Policy
-from temper.rollout.environment import Environment
+from temper.rollout.environment import Environment, Task
 from temper.train.learner import Learner, OptimConfig
 
 Plan = list[list[list[int]]]  # optimizer steps, each a list of micro-batches, each a list of row numbers
@@ -84,11 +86,13 @@ def checkpoint_hash(path: str) -> str:
 
 def manifest_hash(path: str) -> str:
     """The hash of the manifest in folder `path` and of the records beside it, without reading them one by one."""
-    folder = Path(path)
-    manifest = Manifest.model_validate(read_json(folder / "manifest.json"))
-    records = folder / manifest.records_file
+    listing = Path(path) / "manifest.json"
+    if not listing.is_file():
+        raise ManifestError(f"{listing} does not exist", why="training takes admitted records only", do="let the data through admission: temper data admit")
+    manifest = Manifest.model_validate(read_json(listing))
+    records = listing.parent / manifest.records_file
     if not records.is_file():
-        raise DataError(f"{records} does not exist", why=f"{folder / 'manifest.json'} names it", do="run the admission that writes this folder")
+        raise ManifestError(f"{records} does not exist", why=f"{listing} names it", do="restore it, or run the admission again")
     return hash_value([manifest.hash, hash_file(records)])
 
 
@@ -135,6 +139,30 @@ def load_records(path: str) -> tuple[Manifest, list[Record]]:
     if not records:
         raise DataError(f"{path} admits no record", do="look at the refusals in its manifest.json")
     return manifest, records
+
+
+def rows_of(records: list[Record], template: Template, max_tokens: int) -> list[Sequence]:
+    """Each record as a training row. Raises DataError naming the record that cannot be one."""
+    return [to_sequence(record, template, max_tokens) for record in track(records, "rows")]
+
+
+def training_tasks(environment: Environment) -> list[Task]:
+    """The environment's training tasks. Raises DataError where there is none."""
+    tasks = environment.tasks("train")
+    if not tasks:
+        raise DataError(f"environment {environment.name!r} has no training task", do="look at its options in the config")
+    return tasks
+
+
+def tasks_of(step: int, tasks: Rows[Task], count: int, seed: int) -> list[Task]:
+    """The `count` tasks of one step: passes over all of them, each in its own order; a function of seed and step alone."""
+    chosen = []
+    for at in range(step * count, (step + 1) * count):
+        lap, place = divmod(at, len(tasks))
+        order = list(range(len(tasks)))
+        random.Random(stream_seed(seed, "tasks", lap)).shuffle(order)
+        chosen.append(tasks[order[place]])
+    return chosen
 
 
 def plan_steps(lengths: Rows[int], cfg: StageConfig, *, rows_of_step: int | None = None) -> Plan:
@@ -186,9 +214,10 @@ def resume(run: RunDirectory, learner: Learner) -> int:
     return learner.step
 
 
-def keep(run: RunDirectory, learner: Learner, cfg: StageConfig) -> None:
-    """Write a checkpoint where the step count asks for one and work is left to lose."""
-    if learner.step % cfg.checkpoint_every == 0 and learner.step < learner.total_steps:
+def keep(run: RunDirectory, learner: Learner, cfg: StageConfig, *, stride: int = 1) -> None:
+    """Write a checkpoint where the last `stride` steps reached the next one due and work is left to lose."""
+    due = learner.step // cfg.checkpoint_every > (learner.step - stride) // cfg.checkpoint_every
+    if due and learner.step < learner.total_steps:
         run.checkpoint(learner.step, learner.save)
 
 

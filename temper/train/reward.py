@@ -1,0 +1,111 @@
+"""A Bradley-Terry reward model of admitted pairs: a judge to compare with, never the number that releases a model."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from temper.core.progress import track
+from temper.data.batch import Batch
+from temper.policy.losses import LossOut, bradley_terry
+from temper.policy.scalar_head import RewardModel
+from temper.train.estimate import Estimate, estimate_rows
+from temper.train.learner import Learner
+from temper.train.preference import Pair, collate_pairs, count_pairs, lengths, pairs_of
+from temper.train.stage import (
+    StageConfig,
+    checkpoint_hash,
+    keep,
+    load_policy,
+    load_records,
+    manifest_hash,
+    open_run,
+    plan_steps,
+    resume,
+    rounded,
+)
+
+
+class Config(StageConfig):
+    """A scalar head on the base, trained on pairs."""
+
+    data: str = Field(description="manifest folder of the pairs")
+    heldout: str | None = Field(None, description="manifest folder of pairs that are only measured")
+    pairs_per_step: int = Field(16, gt=0, description="pairs of one optimizer step")
+    centring: float = Field(0.01, ge=0, description="coefficient of (r_chosen + r_rejected)², which keeps rewards around zero")
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    """Train on the pairs of `cfg.data`; return the path written and the held-out accuracy. Done work returns at once."""
+    started = time.monotonic()
+    folder = open_run(cfg, "reward", inputs(cfg))
+    if folder.done:
+        return folder.result()
+    judge = prepare(cfg)
+    pairs = pairs_of(load_records(cfg.data)[1], judge.template, cfg.max_tokens)
+    heldout = pairs_of(load_records(cfg.heldout)[1], judge.template, cfg.max_tokens) if cfg.heldout else []
+    plan = plan_steps(lengths(pairs), cfg, rows_of_step=cfg.pairs_per_step)
+    learner = Learner(judge, cfg.optim, len(plan), seed=cfg.seed)
+    metrics: dict[str, Any] = {}
+
+    def loss(batch: Batch) -> LossOut:
+        return reward_loss(judge, batch, cfg)
+
+    for step in track(range(resume(folder, learner), len(plan)), f"reward {cfg.out}"):
+        batches = [collate_pairs([pairs[pair] for pair in micro], judge.template) for micro in plan[step]]
+        metrics = learner.forward_backward(batches, loss, count_pairs) | learner.optim_step()
+        if heldout and learner.step == len(plan):
+            metrics |= measure(judge, heldout, cfg)
+        folder.log(learner.step, rounded(metrics))
+        keep(folder, learner, cfg)
+    with folder.folder("reward_model") as scratch:
+        judge.save(scratch)
+    path = str(folder.path / "reward_model")
+    return folder.finish({"reward_model": path, "hash": checkpoint_hash(path), "pairs": len(pairs), "steps": len(plan), "metrics": rounded(metrics)}, started)
+
+
+def inputs(cfg: Config) -> dict[str, str]:
+    """The content hashes that, with the config, name this work."""
+    named = {"data": manifest_hash(cfg.data), "base": checkpoint_hash(cfg.base)}
+    return named | {"heldout": manifest_hash(cfg.heldout)} if cfg.heldout else named
+
+
+def prepare(cfg: Config) -> RewardModel:
+    """The base with a fresh scalar head."""
+    policy = load_policy(cfg)
+    policy.template.require()
+    judge = RewardModel(policy)
+    judge.model.train()
+    return judge
+
+
+def reward_loss(judge: RewardModel, batch: Batch, cfg: Config) -> LossOut:
+    """Bradley-Terry of a batch of pairs."""
+    rewards_B = judge.rewards(batch)
+    return bradley_terry(rewards_B[0::2], rewards_B[1::2], centre=cfg.centring)
+
+
+@torch.no_grad()
+def measure(judge: RewardModel, pairs: list[Pair], cfg: Config) -> dict[str, float]:
+    """Accuracy, margin and count on pairs that were not trained on, with dropout off."""
+    judge.model.eval()
+    right = margin = 0.0
+    whole = cfg.model_copy(update={"steps": None, "epochs": 1.0})
+    for step in plan_steps(lengths(pairs), whole, rows_of_step=cfg.pairs_per_step):
+        for micro in step:
+            sums = reward_loss(judge, collate_pairs([pairs[pair] for pair in micro], judge.template).to(judge.device), cfg).sums
+            right, margin = right + float(sums["accuracy"]), margin + float(sums["margin"])
+    judge.model.train()
+    return {"heldout_accuracy": right / len(pairs), "heldout_margin": margin / len(pairs), "heldout_pairs": len(pairs)}
+
+
+def estimate(cfg: Config) -> Estimate:
+    """What the run would cost, without training."""
+    judge = prepare(cfg)
+    pairs = pairs_of(load_records(cfg.data)[1], judge.template, cfg.max_tokens)
+    rows = [row for pair in pairs for row in pair]
+    plan = [[[2 * pair + side for pair in micro for side in (0, 1)] for micro in step] for step in plan_steps(lengths(pairs), cfg, rows_of_step=cfg.pairs_per_step)]
+    return estimate_rows(judge, rows, plan, lambda batch: reward_loss(judge, batch, cfg))
