@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from temper.core.records import Message, Outcome, Record, Sampled, Split
 from temper.rollout.engine import Engine, Reply, Request
 from temper.rollout.environment import Environment, Task
-from temper.rollout.episodes import collect
 from temper.serve.errors import ApiError
 from temper.serve.loaded import Loaded
 from temper.serve.schema import ChatMessage, to_messages
@@ -92,6 +91,8 @@ class Tasks:
 
 def run_episode(engine: QueuedEngine, environment: Environment, task: Task, request: EpisodeRequest, adapter: str | None) -> Record:
     """One episode through the server's queue; its outcome is left open where the prompt was not the task's own."""
+    from temper.rollout.episodes import collect  # only a server with an environment needs it
+
     groups = collect(
         cast(Engine, engine), environment, [task],
         temperature=request.temperature, seed=request.seed, constrained=request.constrained, adapter_of=lambda _: adapter,
