@@ -51,9 +51,9 @@ def run_file(path: Path, overrides: list[str], *, dry_run: bool) -> tuple[str, d
     stage = stage_of(path, read_values(path, overrides))
     title = f"{stage} {path}"
     if stage == "pipeline":
-        from temper import pipeline
+        from temper.pipeline.lap import run as run_pipeline
 
-        return title, pipeline.run(path, overrides, dry_run=dry_run)
+        return title, run_pipeline(path, overrides, dry_run=dry_run)
     if stage == "serve":
         raise ConfigError(f"{path} configures a server", why="a server runs until it is stopped", do=f"temper serve {path}")
     if stage == "gate":

@@ -1,5 +1,1 @@
 """The whole lap: data, phases, measurements, gate, release, serving, report. The only room that knows all others."""
-
-from temper.pipeline.lap import run
-
-__all__ = ["run"]

@@ -15,15 +15,12 @@ from temper.core.errors import ConfigError
 from temper.core.hashing import hash_file
 from temper.core.records import Manifest, Provenance, Record, Refusal, Split
 from temper.core.run import TRAINING_ROOMS, RunDirectory
+from temper.core.storage import folder_hash
 from temper.environments import load_environment
 from temper.firewall.admission import admit, write_manifest
 from temper.firewall.contamination import HeldoutTask, heldout_task
 from temper.firewall.rules import AdmissionRules
-from temper.policy.model import Policy
-from temper.rollout.engine import Engine
-from temper.rollout.episodes import collect
 from temper.traces.importers import import_records
-from temper.train.stage import checkpoint_hash
 
 DATA_ROOMS = ("traces", "firewall", "environments")
 
@@ -84,7 +81,7 @@ def run(cfg: Config) -> dict[str, Any]:
     started = time.monotonic()
     sources = [source for item in cfg.sets.values() for source in item.sources]
     inputs = {source.path: hash_file(Path(source.path)) for source in sources if source.path and Path(source.path).is_file()}
-    inputs |= {source.sample: checkpoint_hash(source.sample) for source in sources if source.sample}
+    inputs |= {source.sample: folder_hash(Path(source.sample)) for source in sources if source.sample}
     rooms = (*TRAINING_ROOMS, *DATA_ROOMS) if any(source.sample for source in sources) else DATA_ROOMS
     folder = RunDirectory.create(Path(cfg.out), stage="data", config=cfg.model_dump(mode="json"), inputs=inputs, rooms=rooms)
     if folder.done:
@@ -141,6 +138,10 @@ def call_generator(source: Source, seed: int, split: Split) -> Iterable[Record]:
 
 def accepted_episodes(source: Source, cfg: Config, split: Split) -> list[Record]:
     """Episodes of a checkpoint on the environment's tasks that the verifier accepted, one generation deeper."""
+    from temper.policy.model import Policy  # only a source that samples needs torch
+    from temper.rollout.engine import Engine
+    from temper.rollout.episodes import collect
+
     if cfg.environment is None:
         raise ConfigError(f"source {source.sample} samples, but the data stage names no environment", do="set `environment:`")
     environment = load_environment(cfg.environment, **{**cfg.environment_options, **source.options})
