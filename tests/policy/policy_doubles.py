@@ -22,9 +22,18 @@ from temper.policy.model import Policy
 
 VOCAB = 61
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
     "qwen3": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True),
@@ -75,9 +84,14 @@ def make_batch(
         attention_B_T[row, :length] = True
         positions_B_T[row, :length] = torch.arange(length)
     return SimpleNamespace(
-        tokens_B_T=tokens_B_T, weights_B_T=weights_B_T, attention_B_T=attention_B_T, positions_B_T=positions_B_T,
-        mask_B_T=weights_B_T != 0, adapters=adapters or [None] * len(lengths), support=None,
-    )  # fmt: skip
+        tokens_B_T=tokens_B_T,
+        weights_B_T=weights_B_T,
+        attention_B_T=attention_B_T,
+        positions_B_T=positions_B_T,
+        mask_B_T=weights_B_T != 0,
+        adapters=adapters or [None] * len(lengths),
+        support=None,
+    )
 
 
 def stock_logprobs(policy: Policy, batch: SimpleNamespace, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

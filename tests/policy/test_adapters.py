@@ -94,7 +94,14 @@ def test_only_the_adapter_is_trained_and_the_weights_hash_is_that_of_the_base():
 
 @pytest.mark.parametrize(
     ("targets", "layers"),
-    [("all", 14), ("attention", 8), ("mlp", 6), (("q_proj", "v_proj"), 4), (r"model\.layers\.0\..*", 7), (("model.layers.1.mlp.up_proj",), 1)],
+    [
+        ("all", 14),
+        ("attention", 8),
+        ("mlp", 6),
+        (("q_proj", "v_proj"), 4),
+        (r"model\.layers\.0\..*", 7),
+        (("model.layers.1.mlp.up_proj",), 1),
+    ],
 )
 def test_targets_choose_layers_and_never_the_head(targets, layers):
     policy = tiny_policy("llama")
@@ -134,7 +141,9 @@ def test_peft_loads_what_we_save_with_equal_logits(tmp_path, family, rslora):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_we_load_what_peft_saves_with_equal_logits(tmp_path, rslora):
     base, batch = tiny_checkpoint(tmp_path / "base"), make_batch(LENGTHS)
-    config = PeftConfig(r=3, lora_alpha=5, use_rslora=rslora, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    config = PeftConfig(
+        r=3, lora_alpha=5, use_rslora=rslora, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
     peft.save_pretrained(tmp_path / "adapter")
     policy = Policy.load(base, precision="float32")
