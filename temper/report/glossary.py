@@ -49,7 +49,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "runtime.tool_calls": ("Tool calls", "Calls made in a task that offers tools."),
     "runtime.truncated": ("Cut off", "Of all tasks, those in which a turn ran into its token limit."),
     "runtime.episode_errors": ("Broke off", "Of all tasks, those that ended in an error instead of an answer."),
-    "runtime.cost": ("Cost a task", "Tokens read and written at the price that the settings name."),
+    "runtime.cost": ("Cost of 1,000 tasks", "Tokens read and written, at the price that the pipeline's config names."),
 }  # fmt: skip
 
 TERMS = {
@@ -60,7 +60,7 @@ TERMS = {
     "n": "The number of cases behind a figure. A figure from few cases has a wide interval, and the gate will not decide on it.",
     "paired change": "Both models answered the same cases, so the change is measured case by case; this sees smaller changes than two intervals held side by side.",
     "▲ ▼ ≈": (
-        "Better, worse: the whole 95% interval of the paired change lies on that side. No clear change: it reaches across zero. "
+        "Better, worse: the whole 95% interval of the paired change lies on that side. Unclear: it reaches across zero. "
         "One in twenty such marks would appear by chance."
     ),
     "target, guardrail": (

@@ -12,8 +12,8 @@ from temper.report.glossary import label
 from temper.report.svg import ACCENT, BAD, GOOD, INK, MUTED, RULE, SECOND, figure, to_svg
 
 COLUMNS = 4
-SHOWN_FIRST = ("loss", "dev_loss", "reward", "solved", "accuracy", "margin", "length", "entropy", "kl", "grad_norm")
-NOT_DRAWN = ("step", "lr", "tokens", "supervised", "tokens_per_s", "limit_share", "step_s", "sample_s", "version", "seconds", "rows")
+SHOWN_FIRST = ("reward", "solved", "loss", "accuracy", "margin", "length", "entropy", "kl", "grad_norm")
+NOT_DRAWN = ("step", "dev_loss", "lr", "tokens", "supervised", "tokens_per_s", "limit_share", "step_s", "sample_s", "version", "seconds", "rows")
 SMOOTHED_FROM = 24  # points: a longer curve gets its moving average
 
 
@@ -23,7 +23,7 @@ def progress(data: ReportData) -> str:
     if not metrics:
         return ""
     rows = math.ceil(len(metrics) / COLUMNS)
-    with figure(10.6, 0.45 + 1.95 * rows, rows, min(COLUMNS, len(metrics)), sharex=True) as (drawn, axes):
+    with figure(10.9, 0.45 + 1.95 * rows, rows, min(COLUMNS, len(metrics)), sharex=True) as (drawn, axes):
         flat = [axis for line in axes for axis in line]
         for axis, metric in zip(flat, metrics, strict=False):
             panel(axis, data, metric)
@@ -84,7 +84,7 @@ def forest(phase: Phase) -> str:
             drawn_rows += [(name, None, colour), *((label(shift.metric), shift, colour) for shift in rates)]
     if not drawn_rows:
         return ""
-    with figure(6.4, 0.55 + 0.27 * len(drawn_rows)) as (drawn, axes):
+    with figure(5.6, 0.6 + 0.3 * len(drawn_rows)) as (drawn, axes):
         axis = axes[0, 0]
         axis.axvline(0, color=MUTED, linewidth=0.8)
         for place, (_, shift, colour) in enumerate(drawn_rows):
@@ -141,32 +141,47 @@ def slices(reports: Mapping[str, Report], metric: str = "success") -> str:
         return to_svg(drawn, f"Success by kind of task: {', '.join(reports)}")
 
 
-def curves(stage: StageLog) -> str:
-    """The learning curves of one stage, at most four, side by side."""
-    names = drawn_series(stage.metrics)
+def curves(stages: Sequence[StageLog]) -> str:
+    """The learning curves of stages of one kind, at most four panels side by side; the dev loss lies over the loss."""
+    names = drawn_series([row for stage in stages for row in stage.metrics])
     if not names:
         return ""
-    with figure(10.6, 1.75, 1, COLUMNS) as (drawn, axes):
+    with figure(10.9, 1.95 if len(stages) > 1 else 1.75, 1, COLUMNS) as (drawn, axes):
         for axis, name in zip(axes[0], names, strict=False):
-            rows = [row for row in stage.metrics if is_number(row.get(name))]
-            curve(axis, [row["step"] for row in rows], [float(row[name]) for row in rows])
-            axis.set_title(name.replace("_", " "))
+            for stage, colour in zip(stages, (ACCENT, SECOND, GOOD, MUTED) * len(stages), strict=False):
+                curve(axis, *series(stage, name), colour=colour, named=stage.name)
+                if name == "loss" and has_dev(stages):
+                    axis.plot(*series(stage, "dev_loss"), "D", color=colour, markersize=4.5, markerfacecolor="none")
+            axis.set_title(name.replace("_", " ") + (" (◇ on dev)" if name == "loss" and has_dev(stages) else ""))
         for axis in axes[0][len(names) :]:
             axis.set_axis_off()
         axes[0][0].set_xlabel("step", loc="right")
-        return to_svg(drawn, f"Learning curves of {stage.name}: {', '.join(names)}")
+        if len(stages) > 1:
+            handles, labels = axes[0][0].get_legend_handles_labels()
+            drawn.legend(handles, labels, loc="outside upper left", ncols=len(stages), labelcolor=INK)
+        return to_svg(drawn, f"Learning curves of {', '.join(stage.name for stage in stages)}: {', '.join(names)}")
 
 
-def curve(axis: Any, steps: Sequence[float], values: Sequence[float]) -> None:
+def has_dev(stages: Sequence[StageLog]) -> bool:
+    """Whether any of the stages measured a loss on dev."""
+    return any(is_number(row.get("dev_loss")) for stage in stages for row in stage.metrics)
+
+
+def series(stage: StageLog, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one key of a stage's log, where it has one."""
+    rows = [row for row in stage.metrics if is_number(row.get(name))]
+    return [row["step"] for row in rows], [float(row[name]) for row in rows]
+
+
+def curve(axis: Any, steps: Sequence[float], values: Sequence[float], *, colour: str, named: str) -> None:
     """One series; a long one also as its moving average."""
-    few = len(steps) < 4
     if len(steps) < SMOOTHED_FROM:
-        axis.plot(steps, values, "o-" if few else "-", color=ACCENT, linewidth=1.4, markersize=4)
+        axis.plot(steps, values, "o-" if len(steps) < 4 else "-", color=colour, linewidth=1.4, markersize=4, label=named)
         return
-    axis.plot(steps, values, color=ACCENT, linewidth=0.7, alpha=0.35)
+    axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
     half = max(1, len(values) // 24)
     smooth = [math.fsum(part) / len(part) for at in range(len(values)) if (part := values[max(0, at - half) : at + half + 1])]
-    axis.plot(steps, smooth, color=ACCENT, linewidth=1.6)
+    axis.plot(steps, smooth, color=colour, linewidth=1.6, label=named)
 
 
 def drawn_series(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -174,8 +189,8 @@ def drawn_series(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for row in rows for name, value in row.items() if is_number(value) and name not in NOT_DRAWN)
 
     def rank(name: str) -> tuple[int, str]:
-        near = [place for place, known_name in enumerate(SHOWN_FIRST) if name == known_name or name.startswith(f"{known_name}_") or known_name in name]
-        return (min(near, default=len(SHOWN_FIRST)), name)
+        near = [place for place, telling in enumerate(SHOWN_FIRST) if telling in name]
+        return (SHOWN_FIRST.index(name) if name in SHOWN_FIRST else min(near, default=len(SHOWN_FIRST)), name)
 
     moving = [name for name in names if len({row[name] for row in rows if is_number(row.get(name))}) > 1 or len(rows) == 1]
     return sorted(moving, key=rank)[:COLUMNS]

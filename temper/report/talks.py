@@ -9,6 +9,7 @@ from typing import Any
 from temper.core.records import Noun
 from temper.core.reports import Report
 
+LINE = 64  # characters: longer JSON is broken into lines
 LONG = 700  # characters: a longer tool result or system prompt is folded away
 STILL_FAILING = 2
 FINDING_ORDER = ("task_success", "policy_violation")
@@ -153,5 +154,18 @@ def pretty(value: Any) -> str:
         if not isinstance(parsed, dict | list):
             return value
         value = parsed
+    return spread(value, "")
+
+
+def spread(value: Any, indent: str) -> str:
+    """JSON that breaks a line only where it would grow too long."""
     short = json.dumps(value, ensure_ascii=False)
-    return short if len(short) <= 88 else json.dumps(value, ensure_ascii=False, indent=2)
+    if len(indent) + len(short) <= LINE or not isinstance(value, dict | list) or not value:
+        return short
+    deeper = indent + "  "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key, ensure_ascii=False)}: {spread(item, deeper)}" for key, item in value.items()]
+    else:
+        items = [spread(item, deeper) for item in value]
+    opened, closed = ("{", "}") if isinstance(value, dict) else ("[", "]")
+    return opened + "\n" + ",\n".join(deeper + item for item in items) + "\n" + indent + closed

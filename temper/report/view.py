@@ -128,7 +128,9 @@ def row(metric: str, made: Sequence[Column]) -> Row:
     items = [column.report.measure(metric) for column in made]
     better = next((item.better for item in items if item is not None), "higher")
     values = [item.value for item in items if item is not None and item.value is not None]
-    best = {"higher": max, "lower": min}.get(better, lambda _: None)(values) if len(values) > 1 and min(values) < max(values) else None
+    best = {"higher": max, "lower": min}.get(better, lambda _: None)(values) if values else None
+    if best is None or 2 * sum(value == best for value in values) > len(values):
+        best = None  # what most columns reach marks none of them
     cells = tuple(
         Cell(
             value_text(item), interval_text(item), count_text(item), step_of(column.report, column.before, metric),
@@ -136,7 +138,7 @@ def row(metric: str, made: Sequence[Column]) -> Row:
         )
         for item, column in zip(items, made, strict=True)
     )  # fmt: skip
-    words = {"higher": "higher is better", "lower": "lower is better"}.get(better, "")
+    words = "lower is better" if better == "lower" else ""
     return Row(metric, label(metric), meaning(metric), words, cells)
 
 
@@ -165,6 +167,12 @@ def seconds(phase: Phase) -> float | None:
     """What the phase's stages took together; None where no stage says."""
     known = [stage.seconds for stage in phase.stages if stage.seconds is not None]
     return sum(known) if known else None
+
+
+def alike(stages: Sequence[StageLog]) -> list[list[StageLog]]:
+    """Stages of one kind together, so that their curves can be drawn over each other."""
+    kinds = dict.fromkeys(stage.kind for stage in stages)
+    return [[stage for stage in stages if stage.kind == kind] for kind in kinds]
 
 
 def facts(stage: StageLog) -> str:

@@ -12,7 +12,7 @@ Direction = Literal["better", "worse", "unclear", "moved", "none"]
 
 
 def value_text(measure: Measure | None) -> str:
-    """The figure alone: a rate in percent, a quantity with three significant digits."""
+    """The figure alone: a rate in percent, a price for a thousand tasks, a quantity in its unit."""
     if measure is None or measure.value is None:
         return ABSENT
     return number(measure.value, measure.unit)
@@ -24,10 +24,10 @@ def number(value: float, unit: str) -> str:
         return f"{value:.1%}".replace(".0%", "%") if value in (0.0, 1.0) else f"{value:.1%}"
     if unit == "seconds":
         return f"{value * 1000:.0f} ms" if abs(value) < 1 else f"{value:.2f} s"
-    if "a task" in unit:
-        return f"{value:.2g} {unit.partition(' ')[0]}"
+    if unit.endswith(" a task"):
+        return f"{value * 1000:.3f} {unit.removesuffix(' a task')}"
     if unit in ("score", ""):
-        return f"{value:.3f}"
+        return f"{value:.2f}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
 
 
@@ -41,7 +41,7 @@ def interval_text(measure: Measure | None) -> str:
         return f"{measure.low * 100:.0f}–{measure.high * 100:.0f}%"
     low, high = number(measure.low, measure.unit), number(measure.high, measure.unit)
     head, _, unit = low.partition(" ")
-    return f"{head}–{high}" if unit and high.endswith(unit) else f"{low}–{high}"
+    return f"{head}–{high}" if unit and high.endswith(f" {unit}") else f"{low}–{high}"
 
 
 def count_text(measure: Measure | None) -> str:
@@ -98,12 +98,12 @@ def step_of(now: Report, before: Report | None, metric: str) -> Step:
     else:
         apart, suffix = separated(ours, theirs), "intervals of the two compared"
     if ours.better == "neither":
-        return Step("moved" if apart else "unclear", f"{'moved' if apart else 'no clear change'}: {suffix}")
+        return Step("moved" if apart else "unclear", f"{'moved' if apart else 'unclear'}: {suffix}")
     if apart * sign > 0:
         return Step("better", f"better: {suffix}")
     if apart * sign < 0:
         return Step("worse", f"worse: {suffix}")
-    return Step("unclear", f"no clear change: {suffix}")
+    return Step("unclear", f"unclear: {suffix}")
 
 
 def separated(ours: Measure, theirs: Measure) -> int:
