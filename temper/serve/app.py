@@ -137,9 +137,10 @@ class Server:
         task, engine = await asyncio.to_thread(self.tasks.find, request, line.tenant), QueuedEngine(self.worker, loaded)
         adapter = loaded.expected(line.tenant)
         record = await asyncio.to_thread(run_episode, engine, self.tasks.environment, task, request, adapter)
-        self._note(line, engine.jobs[-1], loaded, engine.sampled)
-        require_adapter(engine.sampled, adapter)
-        line.finish_reason = engine.sampled[-1].finish_reason
+        if engine.jobs:  # an episode may fail before its first turn: that is data, in its outcome
+            self._note(line, engine.jobs[-1], loaded, engine.sampled)
+            require_adapter(engine.sampled, adapter)
+            line.finish_reason = engine.sampled[-1].finish_reason
         self._write(line, started)
         if self.capture:
             self.capture.append(

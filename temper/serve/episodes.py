@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from temper.core.records import Message, Outcome, Record, Sampled, Split
-from temper.rollout.engine import Engine, Reply, Request
+from temper.rollout.engine import Request
 from temper.rollout.environment import Environment, Task
+from temper.rollout.episodes import collect
 from temper.serve.errors import ApiError
 from temper.serve.loaded import Loaded
 from temper.serve.schema import ChatMessage, to_messages
@@ -48,20 +49,24 @@ class QueuedEngine:
         self.sampled += rows
         return rows
 
-    def converse(self, requests: Sequence[Request], reply: Reply) -> list[list[Sampled]]:
-        """Several turns for each request, as `Engine.converse`; each round of turns waits in the queue together."""
-        turns: list[list[Sampled]] = [[] for _ in requests]
-        live = dict(enumerate(requests))
-        while live:
-            sampled = self.sample(list(live.values()))
-            following: dict[int, Request] = {}
-            for index, row in zip(list(live), sampled, strict=True):
-                turns[index].append(row)
-                request = reply(index, row)
-                if request is not None:
-                    following[index] = request
-            live = following
-        return turns
+
+class Unjudged:
+    """An environment whose verifier is not asked: the prompt is not the one that the hidden answer belongs to."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment, self.name, self.version = environment, environment.name, environment.version
+
+    def tasks(self, split: Split, limit: int | None = None) -> list[Task]:
+        """The environment's own tasks."""
+        return self.environment.tasks(split, limit)
+
+    def open(self, task: Task) -> Any:
+        """The environment's own session."""
+        return self.environment.open(task)
+
+    def verify(self, task: Task, turns: tuple[Message, ...], session: Any) -> Outcome:
+        """No reward: absent is not zero."""
+        return Outcome()
 
 
 class Tasks:
@@ -90,15 +95,18 @@ class Tasks:
 
 
 def run_episode(engine: QueuedEngine, environment: Environment, task: Task, request: EpisodeRequest, adapter: str | None) -> Record:
-    """One episode through the server's queue; its outcome is left open where the prompt was not the task's own."""
-    from temper.rollout.episodes import collect  # only a server with an environment needs it
-
+    """One episode through the server's queue; nothing is judged where the prompt was not the task's own."""
+    where = environment if request.messages is None else Unjudged(environment)
     groups = collect(
-        cast(Engine, engine), environment, [task],
-        temperature=request.temperature, seed=request.seed, constrained=request.constrained, adapter_of=lambda _: adapter,
-    )  # fmt: skip
-    record = groups[0][0]
-    return record if request.messages is None else record.model_copy(update={"outcome": Outcome(error=record.outcome.error)})
+        engine,
+        where,
+        [task],
+        temperature=request.temperature,
+        seed=request.seed,
+        constrained=request.constrained,
+        adapter_of=lambda _: adapter,
+    )
+    return groups[0][0]
 
 
 def turns(record: Record, task: Task) -> list[dict[str, Any]]:

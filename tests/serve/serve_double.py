@@ -46,6 +46,9 @@ class Template:
         shown = "|".join(f"{m.role}:{m.content}{[c.name for c in m.tool_calls]}" for m in messages) + "|" + ",".join(t.name for t in tools)
         return list(shown.encode())
 
+    def append(self, ids, messages, tools=()):
+        return [*ids, *"".join(f"|{m.role}:{m.content}" for m in messages).encode()]
+
     def parse(self, ids):
         text = bytes(i for i in ids if i != STOP).decode()
         if text.startswith("<tool_call>"):
@@ -61,9 +64,11 @@ class ScriptedEngine:
         self.weights, self.say, self.gate = (weights / "weights").read_text(), say, gate
         self.adapters, self.batches, self.thread = {}, [], None
         self.context = 4096
+        text = SimpleNamespace(max_position_embeddings=self.context)
+        config = SimpleNamespace(get_text_config=lambda: text)
         tokenizer = SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode(errors="replace"))
         self.policy = SimpleNamespace(
-            template=Template(), tokenizer=tokenizer,
+            template=Template(), tokenizer=tokenizer, model=SimpleNamespace(config=config), path='double', version=0,
             adapter_hash=lambda name: digest(self.adapters[name]),
             load_adapter=lambda name, path: self.adapters.__setitem__(name, (path / "adapter").read_text()),
         )  # fmt: skip
