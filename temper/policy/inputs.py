@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from temper.data.batch import Batch
 from temper.policy.support import Support
-
-if TYPE_CHECKING:
-    from temper.data.batch import Batch
 
 
 def attention_inputs(batch: Batch) -> dict[str, Tensor]:
@@ -26,7 +22,7 @@ def attention_inputs(batch: Batch) -> dict[str, Tensor]:
 
 def support_of(batch: Batch, targets_N: Tensor) -> Support | None:
     """The batch's support at its supervised positions, in their order; None where it carries none."""
-    support_B = getattr(batch, "support", None)
+    support_B = batch.support
     if support_B is None:
         return None
     allowed_N = [support_B[row][at] for row, at in batch.mask_B_T.nonzero().tolist()]

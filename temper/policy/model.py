@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from temper.core.errors import ConfigError, DataError, IntegrityError, ShapeError
 from temper.core.storage import FILES, read_json, verify_folder, whole_folder, write_json
+from temper.data.batch import Batch
+from temper.data.template import Template
 from temper.policy import adapters, peft_format
 from temper.policy.adapters import LoraConfig, Merge, Router
 from temper.policy.hardware import Precision, choose_device, choose_precision
 from temper.policy.head import Divergence, Head, cross_entropy, divergence, token_values
 from temper.policy.inputs import attention_inputs, scatter, support_of
 from temper.policy.losses import LossOut
-
-if TYPE_CHECKING:
-    from temper.data.batch import Batch
-    from temper.data.template import Template
 
 log = logging.getLogger("temper.policy")
 IDENTITY = "temper.json"  # beside the weights: their hash and the template's fingerprint
@@ -106,8 +104,6 @@ class Policy:
     @cached_property
     def template(self) -> Template:
         """The chat template as versioned data."""
-        from temper.data.template import Template
-
         return Template.of(self.tokenizer)
 
     # --- scores ---

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from temper.core.errors import DataError, ShapeError
+from temper.data.batch import Batch, collate
+from temper.data.sequence import Sequence as Row
+from temper.data.template import Template
 from temper.policy.hardware import Precision
 from temper.policy.model import Policy, filled, hash_weights
-
-if TYPE_CHECKING:
-    from temper.data.batch import Batch
-    from temper.data.template import Template
 
 WEIGHTS = "scalar_head.safetensors"
 
@@ -92,9 +91,6 @@ class RewardModel:
     @torch.no_grad()
     def score(self, rows: Sequence[Sequence[int]], *, rows_at_once: int = 16) -> list[float]:
         """The reward of each row of token ids; a row ends with the last token of the answer. Dropout is off meanwhile."""
-        from temper.data.batch import collate
-        from temper.data.sequence import Sequence as Row
-
         training = self.model.training
         self.model.eval()
         order = sorted(range(len(rows)), key=lambda at: len(rows[at]))

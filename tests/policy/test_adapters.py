@@ -200,7 +200,7 @@ def test_a_saved_policy_leaves_its_adapters_out_and_a_reference_keeps_them(tmp_p
 
 def test_wrong_names_rows_and_targets_are_refused():
     policy, batch = with_adapters(), make_batch([4, 4])
-    with pytest.raises(ConfigError, match="no adapter 'bank_z'.*\n.*bank_a, retail_b, saas_c"):
+    with pytest.raises(ConfigError, match=r"no adapter 'bank_z'.*\n.*bank_a, retail_b, saas_c"):
         policy.use(["bank_z", None])
     with pytest.raises(ShapeError, match="2 rows meets a route of 3"):
         logits(policy, batch, ["bank_a", None, "bank_a"])
