@@ -124,20 +124,20 @@ class Learner:
         denominator = math.fsum(count(batch) for batch in batches)
         if denominator <= 0:
             raise DataError(f"step {self.step} has nothing to learn from", why=f"its {len(batches)} batches hold no supervised token")
-        total, counted, sums = 0.0, 0.0, dict[str, float]()
+        sums: dict[str, list[Tensor]] = {}
         for batch in batches:
             out = loss(batch.to(self.policy.device))
             (out.total / denominator).backward()
-            total += float(out.total.detach())
-            counted += float(out.count)
-            for name, value in out.sums.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+            for name, value in {"total": out.total, "count": out.count, **out.sums}.items():
+                sums.setdefault(name, []).append(value.detach())  # read only after the last backward: no wait for the device in between
+        found = {name: math.fsum(float(value) for value in values) for name, values in sums.items()}
+        total, counted = found.pop("total"), found.pop("count")
         if not math.isfinite(total):
             raise DivergedError(f"the loss of step {self.step} is {total}", why=f"learning rate {self.rate():.3g}, {len(batches)} batches",
                                 do="lower optim.lr, lengthen optim.warmup_share, or lower optim.clip")  # fmt: skip
         tokens = sum(batch.tokens_real for batch in batches)
         self._pending = {"started": started, "flops": sum(self.cost.flops(batch) for batch in batches), "tokens": tokens}
-        metrics = {name: value / max(1.0, counted) for name, value in sums.items()}
+        metrics = {name: value / max(1.0, counted) for name, value in found.items()}
         return {"loss": total / denominator, **metrics, "tokens": tokens, "supervised": sum(int(batch.mask_B_T.sum()) for batch in batches)}
 
     def optim_step(self) -> dict[str, float]:

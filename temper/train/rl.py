@@ -43,7 +43,7 @@ from temper.train.stage import (
 class Config(AdaptableConfig):
     """GRPO (Shao et al. 2024) and its relatives on the tasks of an environment."""
 
-    environment: str = Field(description="name in temper.environments.ENVIRONMENTS, or the dotted name of a factory")
+    environment: str = Field(description="finops, gsm8k, tatqa, package.module:factory, or path/file.py:factory")
     environment_options: dict[str, Any] = Field({}, description="keywords for the environment's factory")
     tasks_per_step: int = Field(16, gt=0, description="P: tasks sampled a step")
     group: int = Field(8, gt=1, description="G: episodes sampled for each task")
