@@ -21,6 +21,7 @@ from temper.core.records import Sampled
 from temper.rollout.batch import Batch
 from temper.rollout.cache import SlotCache
 from temper.rollout.grammar import Grammar, Grammars
+from temper.rollout.linears import fast_linears
 from temper.rollout.masks import Masks
 from temper.rollout.rows import Request, Residents, Row
 
@@ -131,13 +132,14 @@ class Engine:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """Evaluation mode around sampling; cached prefixes of other weights are forgotten."""
-        weights: Hashable = (self.policy.version, id(self.policy.model))
+        weights: Hashable = (self.policy.version, *((item.data_ptr(), item._version) for item in self.policy.model.parameters()))
         if not self.keep_prefixes or weights != self._computed_with:
             self.residents.clear()
         self._computed_with = weights
         training = self.policy.model.training
         self.policy.model.eval()
         try:
-            yield
+            with fast_linears(self.policy.model):
+                yield
         finally:
             self.policy.model.train(training)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from temper.policy.model import Policy
     from temper.rollout.rows import Row
 
-SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+SPACED: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 PROBE_NAME, PROBE_ID = "probe_tool", "call0prob"
 PROBE_ARGUMENTS = re.compile(r'\{"probe_a"(:\s*)1(,\s*)"probe_b"\1(?:2)\}')
 CALL_ID = '/[A-Za-z0-9]{9}/'
@@ -230,13 +230,13 @@ class Grammars:
             row.failed = True
         elif token in row.stop_ids and row.request.grammar is not None:
             answer = [item for item in row.tokens[len(row.request.prompt_ids) :] if item not in row.stop_ids]
-            text = self.policy.tokenizer.decode(answer, skip_special_tokens=False) if row.request.grammar.schema else ""
+            text = str(self.policy.tokenizer.decode(answer, skip_special_tokens=False)) if row.request.grammar.schema else ""
             row.failed = row.request.grammar.fault(text) is not None
 
     def _call_format(self) -> CallFormat:
         if self._format is None:
             template = self.policy.template
-            stops = [self.policy.tokenizer.decode([token]) for token in sorted(template.stop_ids)]
+            stops = [str(self.policy.tokenizer.decode([token])) for token in sorted(template.stop_ids)]
             self._format = CallFormat.of(template, stops)
         return self._format
 

@@ -120,7 +120,7 @@ class Residents:
         self.lengths_S[[first, second]] = self.lengths_S[[second, first]]
         self.owners[first], self.owners[second] = self.owners[second], self.owners[first]
 
-    def longest(self, tokens: Sequence[int], owner: Hashable) -> tuple[int, int]:
+    def longest(self, tokens: Sequence[int] | NDArray[np.int64], owner: Hashable) -> tuple[int, int]:
         """(slot, length) of the longest prefix of `tokens` that some slot of the same owner holds; length 0 for none."""
         wanted_L = np.asarray(tokens, dtype=np.int64)[: self.tokens_S_L.shape[1]]
         if not len(wanted_L) or not len(self.owners):
