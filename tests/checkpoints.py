@@ -1,6 +1,6 @@
 """Tiny randomly initialised checkpoints of four families, each with its own tokenizer and its family's chat-template features.
 
-    path = tiny_checkpoint("qwen3", tmp_path / "base")     # a plain transformers folder, in under a second
+path = tiny_checkpoint("qwen3", tmp_path / "base")     # a plain transformers folder, in under a second
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
-    GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )  # fmt: skip
 
 import temper.data
 
-PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PIECES = r"(?i:'[stmd]|'re|'ve|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 FAMILIES = ("llama", "qwen3", "mistral", "gemma")
 SPECIAL = {
     "llama": ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|finetune_right_pad_id|>"),
@@ -25,7 +33,9 @@ SPECIAL = {
     "mistral": ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
     "gemma": ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
 }  # fmt: skip
-PLAIN_ADDED = {"qwen3": ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")}  # added, yet not special: as in Qwen3
+PLAIN_ADDED = {
+    "qwen3": ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+}  # added, yet not special: as in Qwen3
 ROLES = {
     "llama": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
     "qwen3": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
@@ -64,7 +74,9 @@ def byte_level(vocabulary: int, special: tuple[str, ...]) -> Tokenizer:
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
+    )
     return tokenizer
 
 
@@ -100,7 +112,9 @@ def trained(family: str) -> str:
 
 def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """A tokenizer of a few hundred entries with the family's special tokens and chat template."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(trained(family)), clean_up_tokenization_spaces=False, **ROLES[family])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(trained(family)), clean_up_tokenization_spaces=False, **ROLES[family]
+    )
     tokenizer.chat_template = template_text(family)
     return tokenizer
 

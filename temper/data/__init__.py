@@ -1,0 +1,1 @@
+"""The template contract, sequences and batches: how records become what a learner reads."""

@@ -52,7 +52,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        moved: dict[str, Any] = {field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+        moved: dict[str, Any] = {
+            field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -123,13 +125,24 @@ def _check(sequences: Rows[Sequence]) -> None:
         streams = {name: getattr(sequence, name) for name in ("weights", *STREAMS, "support")}
         for name, values in streams.items():
             if values is not None and len(values) != len(sequence.tokens):
-                raise ShapeError(f"sequence {sequence.record[:16]} has {len(sequence.tokens)} tokens and {len(values)} {name}", do="align every stream to the tokens")
+                raise ShapeError(
+                    f"sequence {sequence.record[:16]} has {len(sequence.tokens)} tokens and {len(values)} {name}",
+                    do="align every stream to the tokens",
+                )
         if not sequence.tokens or sequence.weights[0] != 0:
-            raise ShapeError(f"sequence {sequence.record[:16]} trains its first token", why="nothing stands before it to predict it from", do="set weights[0] to 0")
+            raise ShapeError(
+                f"sequence {sequence.record[:16]} trains its first token",
+                why="nothing stands before it to predict it from",
+                do="set weights[0] to 0",
+            )
     for name in STREAMS:
         without = [sequence.record[:16] for sequence in sequences if getattr(sequence, name) is None]
         if without and len(without) < len(sequences):
-            raise ShapeError(f"{len(without)} of {len(sequences)} sequences have no {name}", why=f"the first is {without[0]!r}", do="batch rows of one kind")
+            raise ShapeError(
+                f"{len(without)} of {len(sequences)} sequences have no {name}",
+                why=f"the first is {without[0]!r}",
+                do="batch rows of one kind",
+            )
 
 
 def plan_batches(lengths: Rows[int], token_budget: int, shuffle_rng: random.Random | None = None) -> list[list[int]]:

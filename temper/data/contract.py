@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from temper.core.errors import TemplateError
 from temper.core.records import Message, ToolCall, ToolSpec
@@ -13,7 +13,11 @@ from temper.data.syntax import CallSyntax, ThinkSyntax, learn_calls, learn_think
 Raw = Callable[..., str]  # raw(messages, tools, generation, short_ids) -> text; raises TemplateError
 
 ARGUMENTS = {"alpha": "probe-argument"}
-TOOL = ToolSpec(name="probe_tool", description="A probe.", parameters={"type": "object", "properties": {"alpha": {"type": "string"}}, "required": ["alpha"]})
+TOOL = ToolSpec(
+    name="probe_tool",
+    description="A probe.",
+    parameters={"type": "object", "properties": {"alpha": {"type": "string"}}, "required": ["alpha"]},
+)
 SYSTEM = Message(role="system", content="Probe system.")
 ASK = Message(role="user", content="Probe question one?")
 ASK_AGAIN = Message(role="user", content="Probe question two?")
@@ -21,7 +25,9 @@ ANSWER = Message(role="assistant", content="Probe answer one.")
 ANSWER_AGAIN = Message(role="assistant", content="Probe answer two.")
 CALL = Message(role="assistant", tool_calls=(ToolCall(name="probe_tool", arguments=ARGUMENTS, id="call_probe_number_one"),))
 RESULT = Message(role="tool", content="Probe result.", tool_call_id="call_probe_number_one", name="probe_tool")
-TWO_CALLS = Message(role="assistant", tool_calls=(CALL.tool_calls[0], ToolCall(name="other_tool", arguments={"beta": "more"}, id="call_probe_number_two")))
+TWO_CALLS = Message(
+    role="assistant", tool_calls=(CALL.tool_calls[0], ToolCall(name="other_tool", arguments={"beta": "more"}, id="call_probe_number_two"))
+)
 CALL_WITH_TEXT = Message(role="assistant", content="Probe text beside.", tool_calls=CALL.tool_calls)
 THOUGHT = Message(role="assistant", content="Probe answer one.", reasoning="Probe thinking.")
 FINAL = Message(role="assistant", content="Probe final.")
@@ -106,29 +112,15 @@ class Prober:
 def learn(raw: Raw, added: dict[str, int], special: dict[str, int]) -> Traits:
     """Find out what a template does. `raw` renders; `added` and `special` map token texts to ids."""
     probe = Prober(raw, special)
-    calls = probe.holds("calls", [ASK, CALL], "probe_tool", "probe-argument", tools=[TOOL])
-    if not calls:  # Mistral's templates refuse ids that have not nine letters
-        first = probe.faults.pop("calls", "")
-        probe.short_ids = True
-        calls = probe.holds("calls", [ASK, CALL], "probe_tool", "probe-argument", tools=[TOOL])
-        probe.short_ids = calls
-        probe.faults |= {} if calls else {"calls": first}
-    tools = probe.holds("tools", [ASK], "probe_tool", tools=[TOOL])
-    results = calls and probe.holds("results", [ASK, CALL, RESULT], "Probe result.", tools=[TOOL])
-    beside = calls and probe.holds("text beside a call", [ASK, CALL_WITH_TEXT], "Probe text beside.", "probe_tool", tools=[TOOL])
-    thinking = probe.holds("thinking", [ASK, THOUGHT], "Probe thinking.", "Probe answer one.")
-    system = probe.holds("system", [SYSTEM, ASK], "Probe system.")
-    parallel = calls and probe.holds("parallel calls", [ASK, TWO_CALLS], "probe_tool", "other_tool", tools=[TOOL])
-    question = [ASK, CALL, RESULT, FINAL] if results else [ASK, ANSWER]
-    offered = [TOOL] if tools else []
+    can = abilities(probe)
     prompt, answered = probe.text("generation", [ASK], generation=True), probe.text("generation", [ASK, ANSWER])
     generation = prompt is not None and answered is not None and answered.startswith(prompt)
-    appends = probe.appends("appends", question, offered) and probe.appends("appends", [ASK, ANSWER])
-    conversations = [[ASK, ANSWER, ASK_AGAIN, ANSWER_AGAIN], [*question, ASK_AGAIN, ANSWER_AGAIN]]
-    conversations += [[SYSTEM, *conversations[-1]]] if system else []
-    conversations += [[ASK, THOUGHT, ASK_AGAIN, ANSWER_AGAIN]] if thinking else []
-    keeps = appends and all([probe.appends("history", each, offered) for each in conversations])
-    turns = [ANSWER, *([CALL] if calls else []), *([TWO_CALLS] if parallel else []), *([CALL_WITH_TEXT] if beside else []), *([THOUGHT] if thinking else [])]
+    appends, keeps = stability(probe, can)
+    turns = [ANSWER] + [
+        turn
+        for turn, about in ((CALL, "calls"), (TWO_CALLS, "parallel"), (CALL_WITH_TEXT, "text_beside_call"), (THOUGHT, "thinking"))
+        if can[about]
+    ]
     bodies = [probe.body("end", turn, [TOOL] if turn.tool_calls else []) for turn in turns]
     ends = [probe.end_of(body) for body in bodies]
     found = {end for end in ends if end}
@@ -136,47 +128,86 @@ def learn(raw: Raw, added: dict[str, int], special: dict[str, int]) -> Traits:
         probe.faults["end"] = "an assistant turn is rendered without a special token at its end"
     elif any(sum(body.count(end) for end in found) != 1 for body in bodies):
         probe.faults["end"] = f"{sorted(found)} stand more than once in one assistant turn"
-    plain = bodies[0].partition("Probe answer one.")
-    call_body, call_end = probe.body("calls", CALL, [TOOL]), ends[1] if calls else None
-    call_syntax = learn_calls(call_body.rpartition(call_end)[0], "probe_tool", ARGUMENTS, added) if call_end else None
-    if call_syntax and call_syntax.mark and beside:
-        between = probe.body("text beside a call", CALL_WITH_TEXT, [TOOL]).partition("Probe text beside.")[2]
-        call_syntax = CallSyntax(call_syntax.mark, call_syntax.close, call_syntax.arguments_key, between.partition(call_syntax.mark)[0])
+    lead, said, _ = bodies[0].partition(ANSWER.content)
+    thought = learn_thinking(probe.body("thinking", THOUGHT), "Probe thinking.", THOUGHT.content) if can["thinking"] else None
+    calls = call_syntax(probe, bodies[1], ends[1], added, beside=can["text_beside_call"]) if can["calls"] else None
     return Traits(
-        end_ids=frozenset(special[end] for end in found), appends=appends, keeps_history=keeps, generation=generation, system=system, tools=tools,
-        calls=calls, results=results, parallel=parallel, text_beside_call=beside, thinking=thinking, short_ids=probe.short_ids, call_syntax=call_syntax,
-        think_syntax=learn_thinking(probe.body("thinking", THOUGHT), "Probe thinking.", "Probe answer one.") if thinking else None,
-        lead=plain[0] if plain[1] else "", faults=probe.faults,
+        end_ids=frozenset(special[end] for end in found), appends=appends, keeps_history=keeps, generation=generation, short_ids=probe.short_ids,
+        call_syntax=calls, think_syntax=thought, lead=lead if said else "", faults=probe.faults, **can,
     )  # fmt: skip
+
+
+def abilities(probe: Prober) -> dict[str, bool]:
+    """What the template renders, by the names of `Traits`."""
+    calls = probe.holds("calls", [ASK, CALL], "probe_tool", "probe-argument", tools=[TOOL])
+    if not calls:  # Mistral's templates refuse ids that have not nine letters
+        first = probe.faults.pop("calls", "")
+        probe.short_ids = True
+        calls = probe.short_ids = probe.holds("calls", [ASK, CALL], "probe_tool", "probe-argument", tools=[TOOL])
+        probe.faults |= {} if calls else {"calls": first}
+    return {
+        "system": probe.holds("system", [SYSTEM, ASK], SYSTEM.content),
+        "tools": probe.holds("tools", [ASK], "probe_tool", tools=[TOOL]),
+        "calls": calls,
+        "results": calls and probe.holds("results", [ASK, CALL, RESULT], RESULT.content, tools=[TOOL]),
+        "parallel": calls and probe.holds("parallel calls", [ASK, TWO_CALLS], "probe_tool", "other_tool", tools=[TOOL]),
+        "text_beside_call": calls
+        and probe.holds("text beside a call", [ASK, CALL_WITH_TEXT], CALL_WITH_TEXT.content, "probe_tool", tools=[TOOL]),
+        "thinking": probe.holds("thinking", [ASK, THOUGHT], "Probe thinking.", THOUGHT.content),
+    }
+
+
+def stability(probe: Prober, can: dict[str, bool]) -> tuple[bool, bool]:
+    """(turns only append within a question, and across questions too)."""
+    question = [ASK, CALL, RESULT, FINAL] if can["results"] else [ASK, ANSWER]
+    offered = [TOOL] if can["tools"] else []
+    appends = probe.appends("appends", question, offered) and probe.appends("appends", [ASK, ANSWER])
+    conversations = [[ASK, ANSWER, ASK_AGAIN, ANSWER_AGAIN], [*question, ASK_AGAIN, ANSWER_AGAIN]]
+    conversations += [[SYSTEM, *conversations[-1]]] if can["system"] else []
+    conversations += [[ASK, THOUGHT, ASK_AGAIN, ANSWER_AGAIN]] if can["thinking"] else []
+    return appends, appends and all(probe.appends("history", each, offered) for each in conversations)
+
+
+def call_syntax(probe: Prober, body: str, end: str | None, added: dict[str, int], *, beside: bool) -> CallSyntax | None:
+    """How calls are written, from the text of a turn that holds one; None (and a fault) where it cannot be read back."""
+    found = learn_calls(body.rpartition(end)[0] if end else body, "probe_tool", ARGUMENTS, added)
+    if found is None:
+        probe.faults["syntax"] = "a call is not rendered as a JSON object with a name and arguments"
+    elif found.mark and beside:
+        between = probe.body("text beside a call", CALL_WITH_TEXT, [TOOL]).partition(CALL_WITH_TEXT.content)[2]
+        found = replace(found, gap=between.partition(found.mark)[0])
+    return found
 
 
 def findings(traits: Traits, *, ends: Sequence[str], pad: str, pad_is_end: bool, reads_clock: bool, folds_system: bool) -> list[Finding]:
     """The contract, line by line. `unknown` marks what only matters to rows that need it; such a row is refused."""
-
-    def line(rule: str, passed: bool, about: str, required: str, *, otherwise: str = "fail") -> Finding:
-        status = "pass" if passed else otherwise
-        return Finding.model_validate({"rule": rule, "status": status, "observed": "yes" if passed else "no", "required": required, "reason": "" if passed else traits.faults.get(about, "")})  # fmt: skip
-
-    some_tools = traits.tools or traits.calls or traits.results
-    lines = [
-        line("generation prompt", traits.generation, "generation", "the prompt to answer is what stands before the answer in training"),
-        line("turns only append", traits.appends, "appends", "inside one question, a rendered turn never changes once calls, results or answers follow"),
-        line("history is kept", traits.keeps_history, "history", "earlier answers never change once a new question follows; else only rows that train the last question's turns are taken", otherwise="unknown"),
-        Finding(rule="end token", status="fail" if "end" in traits.faults or not ends else "pass", observed=", ".join(ends) or "none",
-                required="each assistant turn ends with one special token, which is trained", reason=traits.faults.get("end", "")),
-        Finding(rule="padding", status="fail" if pad_is_end else "pass", observed=pad, required="the pad token is not the end token",
-                reason="a mask that hides padding would hide the end of every turn" if pad_is_end else ""),
-        line("system role", traits.system, "system", "the system text is rendered; else rows that have one are refused", otherwise="unknown"),
-        line("tools", traits.tools, "tools", "tool definitions are rendered; else rows that have tools are refused", otherwise="fail" if some_tools else "unknown"),
-        line("tool calls", traits.calls, "calls", "a call's name and arguments are rendered", otherwise="fail" if some_tools else "unknown"),
-        line("tool results", traits.results, "results", "a result's text is rendered", otherwise="fail" if some_tools else "unknown"),
-        line("call syntax", traits.call_syntax is not None or not traits.calls, "calls", "a sampled call can be read back: it is a JSON object with a name", otherwise="fail"),
-        line("parallel calls", traits.parallel, "parallel calls", "several calls in one turn; else such rows are refused", otherwise="unknown"),
-        line("text beside a call", traits.text_beside_call, "text beside a call", "content beside a call is rendered; else such rows are refused", otherwise="unknown"),
-        line("thinking", traits.thinking, "thinking", "reasoning is rendered; else rows that train it are refused", otherwise="unknown"),
+    some_tools = "fail" if traits.tools or traits.calls or traits.results else "unknown"
+    table = [  # (rule, kept, status otherwise, where its fault is noted, what is required)
+        ("generation prompt", traits.generation, "fail", "generation", "the prompt to answer is what stands before the answer in training"),
+        ("turns only append", traits.appends, "fail", "appends", "within a question, nothing before an answer changes once later turns follow"),
+        ("history is kept", traits.keeps_history, "unknown", "history",
+         "earlier answers never change once a new question follows; else only rows that train nothing before the last question are taken"),
+        ("end token", bool(ends) and "end" not in traits.faults, "fail", "end", "each assistant turn ends with one special token, which is trained"),
+        ("padding", not pad_is_end, "fail", "padding", "the pad token is not the end token: a mask that hides padding would hide every end"),
+        ("system role", traits.system or folds_system, "unknown", "system", "the system text is rendered; else rows that have one are refused"),
+        ("tools", traits.tools, some_tools, "tools", "tool definitions are rendered; else rows that have tools are refused"),
+        ("tool calls", traits.calls, some_tools, "calls", "the name and arguments of a call are rendered"),
+        ("tool results", traits.results, some_tools, "results", "the text of a result is rendered"),
+        ("call syntax", traits.call_syntax is not None or not traits.calls, "fail", "syntax", "a sampled call can be read back: it is a JSON object with a name"),
+        ("parallel calls", traits.parallel, "unknown", "parallel calls", "several calls in one turn are rendered; else such rows are refused"),
+        ("text beside a call", traits.text_beside_call, "unknown", "text beside a call", "text beside a call is rendered; else such rows are refused"),
+        ("thinking", traits.thinking, "unknown", "thinking", "reasoning is rendered; else rows that train it are refused"),
     ]  # fmt: skip
+    shown = {"end token": ", ".join(ends) or "none", "padding": pad}
     if folds_system and not traits.system:
-        lines[5] = Finding(rule="system role", status="pass", observed="folded into the first user turn, as configured", required="the system text is rendered", reason="")
+        shown["system role"] = "folded into the first user turn, as configured"
     if reads_clock:
-        lines.append(Finding(rule="clock", status="pass", observed="asks for today's date", required="equal rows have equal tokens", reason="told 26 Jul 2024 always"))
-    return lines
+        table.append(("clock", True, "fail", "clock", "equal rows have equal tokens"))
+        shown["clock"] = "asks for today's date, and is always told 26 Jul 2024"
+    return [
+        Finding.model_validate({
+            "rule": rule, "status": "pass" if kept else otherwise, "observed": shown.get(rule, "yes" if kept else "no"), "required": required,
+            "reason": "" if kept else traits.faults.get(about, ""),
+        })
+        for rule, kept, otherwise, about, required in table
+    ]  # fmt: skip

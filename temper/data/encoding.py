@@ -23,7 +23,9 @@ class Encoder:
         added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.content}
         self.added_ids = {token.content: number for number, token in added.items()}
         self.added_texts = {number: text for text, number in self.added_ids.items()}
-        plain = all(not (t.lstrip or t.rstrip or t.single_word) and (not t.normalized or self.backend.normalizer is None) for t in added.values())
+        plain = all(
+            not (t.lstrip or t.rstrip or t.single_word) and (not t.normalized or self.backend.normalizer is None) for t in added.values()
+        )
         longest_first = sorted(self.added_ids, key=len, reverse=True)
         self.splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if plain and longest_first else None
         self.segment = lru_cache(maxsize=CACHED_SEGMENTS)(self._segment)

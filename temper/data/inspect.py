@@ -60,5 +60,8 @@ def difference(first: list[int], second: list[int], tokenizer: Any, around: int 
                 lines += [f"= {at:5d} {token:6d} {tokenizer.decode([token])!r}" for at, token in enumerate(first[start:stop], start)]
                 continue
             lines += [f"- {at:5d} {token:6d} {tokenizer.decode([token])!r}" for at, token in enumerate(first[start:stop], start)]
-            lines += [f"+ {at:5d} {token:6d} {tokenizer.decode([token])!r}" for at, token in enumerate(second[other_start:other_stop], other_start)]
+            lines += [
+                f"+ {at:5d} {token:6d} {tokenizer.decode([token])!r}"
+                for at, token in enumerate(second[other_start:other_stop], other_start)
+            ]
     return lines

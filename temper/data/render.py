@@ -55,7 +55,9 @@ def compiled(text: str) -> jinja2.Template:
     try:
         return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno})", why=str(error.message), do="mend chat_template.jinja") from error
+        raise TemplateError(
+            f"the chat template is not valid Jinja (line {error.lineno})", why=str(error.message), do="mend chat_template.jinja"
+        ) from error
 
 
 def short_id(call_id: str) -> str:
@@ -76,7 +78,9 @@ def to_chat(messages: Sequence[Message], *, short_ids: bool = False) -> Chat:
             item |= {"reasoning_content": message.reasoning, "reasoning": message.reasoning, "thinking": message.reasoning}
         if message.tool_calls:
             waiting = [call.id or f"call-{number}-{place}" for place, call in enumerate(message.tool_calls)]
-            item["tool_calls"] = [_call(call, short_id(own) if short_ids else own) for call, own in zip(message.tool_calls, waiting, strict=True)]
+            item["tool_calls"] = [
+                _call(call, short_id(own) if short_ids else own) for call, own in zip(message.tool_calls, waiting, strict=True)
+            ]
         if message.role == "tool":
             answered = message.tool_call_id or (waiting[0] if waiting else f"call-{number}-0")
             waiting = [own for own in waiting if own != answered]
@@ -89,8 +93,6 @@ def to_chat(messages: Sequence[Message], *, short_ids: bool = False) -> Chat:
 
 def _call(call: ToolCall, own: str) -> dict[str, Any]:
     return {"id": own, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-
-
 
 
 def to_tools(tools: Iterable[ToolSpec]) -> list[dict[str, Any]] | None:

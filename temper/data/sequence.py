@@ -61,7 +61,12 @@ def preference_sequences(record: Record, template: Template, max_tokens: int) ->
         check_turns(record, messages)
         sides.append(_row(record, _supervised(record, messages, template), max_tokens))
     if sides[0].tokens == sides[1].tokens:
-        raise fault(record, "has the same tokens on both sides", why=f"nothing tells them apart within {max_tokens} tokens", do="raise max_tokens, or remove the pair")
+        raise fault(
+            record,
+            "has the same tokens on both sides",
+            why=f"nothing tells them apart within {max_tokens} tokens",
+            do="raise max_tokens, or remove the pair",
+        )
     return sides[0], sides[1]
 
 
@@ -71,17 +76,31 @@ def episode_sequence(record: Record, advantage: float) -> Sequence:
         raise fault(record, "has no sampled tokens", why="only what was sampled can be credited", do="collect episodes with an engine")
     last = record.sampled[-1]
     tokens = [*last.prompt_ids, *last.token_ids]
-    weights, old, support = [0.0] * len(tokens), [0.0] * len(tokens), [None] * len(tokens)  # type: list[float], list[float], Support
+    weights, old = [0.0] * len(tokens), [0.0] * len(tokens)
+    support: Support = [None] * len(tokens)
     for number, turn in enumerate(record.sampled):
         start = len(turn.prompt_ids)
         seen = [*turn.prompt_ids, *turn.token_ids]
         if tokens[: len(seen)] != seen:
             at = next((at for at, (one, other) in enumerate(zip(seen, tokens, strict=False)) if one != other), len(tokens))
-            raise fault(record, f"turn {number} is not a prefix of the whole episode", why=f"token {at} differs: its history was written anew", do="extend episodes with Template.append")  # fmt: skip
+            raise fault(
+                record,
+                f"turn {number} is not a prefix of the whole episode",
+                why=f"token {at} differs: its history was written anew",
+                do="extend episodes with Template.append",
+            )
         if len(turn.logprobs) != len(turn.token_ids) or (turn.support is not None and len(turn.support) != len(turn.token_ids)):
-            raise fault(record, f"turn {number} has {len(turn.token_ids)} tokens and {len(turn.logprobs)} log-probs", why="each sampled token needs its own")
+            raise fault(
+                record,
+                f"turn {number} has {len(turn.token_ids)} tokens and {len(turn.logprobs)} log-probs",
+                why="each sampled token needs its own",
+            )
         if (turn.temperature, turn.adapter) != (last.temperature, last.adapter):
-            raise fault(record, f"turn {number} was sampled at another temperature or with another adapter than the last", why="one row has one of each")
+            raise fault(
+                record,
+                f"turn {number} was sampled at another temperature or with another adapter than the last",
+                why="one row has one of each",
+            )
         stop = start + len(turn.token_ids)
         weights[start:stop] = [1.0] * (stop - start)
         old[start:stop] = turn.logprobs
@@ -90,8 +109,16 @@ def episode_sequence(record: Record, advantage: float) -> Sequence:
         raise fault(record, "sampled no token", why="there is nothing to credit", do="leave out empty episodes")
     weights[0] = 0.0
     credit = [advantage if weight else 0.0 for weight in weights]
-    return Sequence(tokens=tokens, weights=weights, advantages=credit, old_logprobs=old, support=support if any(support) else None,
-                    adapter=last.adapter, group=record.task_id, record=record.id)  # fmt: skip
+    return Sequence(
+        tokens=tokens,
+        weights=weights,
+        advantages=credit,
+        old_logprobs=old,
+        support=support if any(support) else None,
+        adapter=last.adapter,
+        group=record.task_id,
+        record=record.id,
+    )
 
 
 def load_manifest(path: Path) -> tuple[Manifest, list[Record]]:
@@ -99,20 +126,32 @@ def load_manifest(path: Path) -> tuple[Manifest, list[Record]]:
     path = Path(path)
     listing = path / "manifest.json" if path.is_dir() else path
     if not listing.is_file():
-        raise ManifestError(f"{listing} does not exist", why="training takes admitted records only", do="let the data through admission: temper data admit")
+        raise ManifestError(
+            f"{listing} does not exist", why="training takes admitted records only", do="let the data through admission: temper data admit"
+        )
     manifest = Manifest.model_validate(read_json(listing))
     file = listing.parent / manifest.records_file
     if not file.is_file():
         raise ManifestError(f"{file} does not exist", why=f"{listing} names it", do="restore it, or run the admission again")
     found = hash_file(file)
     if found != manifest.records_sha256:
-        raise ManifestError(f"{file} is not what was admitted", why=f"admitted {manifest.records_sha256[:16]}, found {found[:16]}", do="restore it, or run the admission again")
+        raise ManifestError(
+            f"{file} is not what was admitted",
+            why=f"admitted {manifest.records_sha256[:16]}, found {found[:16]}",
+            do="restore it, or run the admission again",
+        )
     records = read_jsonl(file, Record)
     if len(records) != len(manifest.admitted):
-        raise ManifestError(f"{file} has {len(records)} records", why=f"{len(manifest.admitted)} were admitted", do="run the admission again")
+        raise ManifestError(
+            f"{file} has {len(records)} records", why=f"{len(manifest.admitted)} were admitted", do="run the admission again"
+        )
     for number, (record, admitted) in enumerate(zip(records, manifest.admitted, strict=True), start=1):
         if record.id != admitted:
-            raise ManifestError(f"{file}:{number} is not the record that was admitted", why=f"admitted {admitted[:16]}, found {record.id[:16]}", do="run the admission again")
+            raise ManifestError(
+                f"{file}:{number} is not the record that was admitted",
+                why=f"admitted {admitted[:16]}, found {record.id[:16]}",
+                do="run the admission again",
+            )
     return manifest, records
 
 
@@ -123,27 +162,54 @@ def check_turns(record: Record, messages: Rows[Message]) -> None:
     for number, message in enumerate(messages):
         before = messages[number - 1].role if number else None
         if message.role == "system" and number:
-            raise fault(record, f"message {number} is a system message after the start", why="the system text comes first", do="move or remove it")
+            raise fault(
+                record, f"message {number} is a system message after the start", why="the system text comes first", do="move or remove it"
+            )
         if message.role in ("assistant", "tool") and before in (None, "system"):
-            raise fault(record, f"the first turn is of the {message.role}", why="a conversation starts with the user", do="remove the turn, or add the question it answers")
+            raise fault(
+                record,
+                f"the first turn is of the {message.role}",
+                why="a conversation starts with the user",
+                do="remove the turn, or add the question it answers",
+            )
         if message.role == "tool":
             if not waiting and not unnamed:
-                raise fault(record, f"message {number} is a tool result without a call", why="no call before it waits for a result", do="remove it, or add the call")
+                raise fault(
+                    record,
+                    f"message {number} is a tool result without a call",
+                    why="no call before it waits for a result",
+                    do="remove it, or add the call",
+                )
             if message.tool_call_id and message.tool_call_id in waiting:
                 waiting.remove(message.tool_call_id)
             elif message.tool_call_id and not unnamed:
-                raise fault(record, f"message {number} answers the call {message.tool_call_id!r}", why=f"waiting are {waiting}", do="give the result the id of its call")
+                raise fault(
+                    record,
+                    f"message {number} answers the call {message.tool_call_id!r}",
+                    why=f"waiting are {waiting}",
+                    do="give the result the id of its call",
+                )
             elif unnamed:
                 unnamed -= 1
             else:
                 waiting.pop(0)
             continue
         if waiting or unnamed:
-            raise fault(record, f"message {number} ({message.role}) follows a tool call without its result", why=f"{len(waiting) + unnamed} results are missing", do="add a tool message for each call")
+            raise fault(
+                record,
+                f"message {number} ({message.role}) follows a tool call without its result",
+                why=f"{len(waiting) + unnamed} results are missing",
+                do="add a tool message for each call",
+            )
         waiting = [call.id for call in message.tool_calls if call.id]
         unnamed = sum(not call.id for call in message.tool_calls)
     if not any(message.role == "assistant" and message.train is not False for message in messages):
-        raise fault(record, "has no assistant turn to train", why=f"roles: {' '.join(message.role for message in messages)}", do="add an answer, or remove the row")
+        raise fault(
+            record,
+            "has no assistant turn to train",
+            why=f"roles: {' '.join(message.role for message in messages)}",
+            do="add an answer, or remove the row",
+        )
 
 
 def fault(record: Record, what: str, *, why: str = "", do: str = "") -> DataError:
@@ -163,7 +229,9 @@ def _row(record: Record, found: Supervised, max_tokens: int) -> Sequence:
     weights[:1] = [0.0]
     if not any(weights):
         raise fault(
-            record, f"trains nothing within max_tokens={max_tokens}", why=f"it has {len(found.tokens)} tokens, and its first trained one stands beyond the cut",
+            record,
+            f"trains nothing within max_tokens={max_tokens}",
+            why=f"it has {len(found.tokens)} tokens, and its first trained one stands beyond the cut",
             do="raise max_tokens, or remove the row",
-        )  # fmt: skip
+        )
     return Sequence(tokens=found.tokens[:max_tokens], weights=weights, group=record.id, record=record.id)

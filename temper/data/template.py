@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,9 +21,11 @@ from temper.core.records import Message, ToolCall, ToolSpec
 from temper.core.reports import Finding
 from temper.data.contract import Traits, findings, learn
 from temper.data.encoding import Encoder
+from temper.data.guards import check_control, check_kept
 from temper.data.render import Chat, compiled, special_roles, to_chat, to_tools
 from temper.data.syntax import split_calls, split_thinking
 
+REMEDY = "use a template that keeps every turn as it was sampled (temper/data/chatml.jinja; for Qwen3, temper/data/qwen3.jinja)"
 FOLD = "fold_system"  # the key in tokenizer_config.json that says: put the system text into the first user turn
 
 
@@ -48,7 +50,9 @@ class Template:
         self.encoder = Encoder(tokenizer)
         self._compiled = compiled(text)
         self._roles = special_roles(tokenizer)
-        self._special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special and token.content}
+        self._special = {
+            token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special and token.content
+        }
         self._control = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))) if self._special else None
 
     @classmethod
@@ -62,9 +66,17 @@ class Template:
         if isinstance(text, dict):
             text = text.get("tool_use") or text.get("default")
         if not text:
-            raise TemplateError("the tokenizer has no chat template", why="conversations cannot become tokens without one", do="save the checkpoint with a chat_template.jinja; temper/data/chatml.jinja is one")
+            raise TemplateError(
+                "the tokenizer has no chat template",
+                why="conversations cannot become tokens without one",
+                do="save the checkpoint with a chat_template.jinja; temper/data/chatml.jinja is one",
+            )
         if not getattr(tokenizer, "is_fast", False):
-            raise TemplateError("the tokenizer has no fast (Rust) form", why="turns are cut at exact places, which needs its added tokens", do="convert it to a tokenizer.json")
+            raise TemplateError(
+                "the tokenizer has no fast (Rust) form",
+                why="turns are cut at exact places, which needs its added tokens",
+                do="convert it to a tokenizer.json",
+            )
         if fold_system is not None:
             tokenizer.init_kwargs[FOLD] = fold_system
         return cls(tokenizer, text, fold_system=bool(tokenizer.init_kwargs.get(FOLD, False)))
@@ -102,7 +114,14 @@ class Template:
         ends = self._ends()
         pad = self.tokenizer.convert_ids_to_tokens(self.pad_id)
         clock = "strftime_now" in self.text
-        return findings(self.traits, ends=ends, pad=str(pad), pad_is_end=self.pad_id in self.traits.end_ids, reads_clock=clock, folds_system=self.fold_system)
+        return findings(
+            self.traits,
+            ends=ends,
+            pad=str(pad),
+            pad_is_end=self.pad_id in self.traits.end_ids,
+            reads_clock=clock,
+            folds_system=self.fold_system,
+        )
 
     def require(self, *, tools: bool = False) -> None:
         """Raise TemplateError with every line of the contract that fails; with `tools`, also where tools are not supported."""
@@ -113,8 +132,9 @@ class Template:
             do = "give the tokenizer a pad token of its own" if rules == {"padding"} else REMEDY
             raise TemplateError(
                 f"the chat template of {self.name} breaks the contract: {', '.join(line.rule for line in broken)}",
-                why="; ".join(f"{line.rule}: {line.reason or 'not so'} (required: {line.required})" for line in broken), do=do,
-            )  # fmt: skip
+                why="; ".join(f"{line.rule}: {line.reason or 'not so'} (required: {line.required})" for line in broken),
+                do=do,
+            )
 
     # --- messages to tokens ---
 
@@ -122,7 +142,7 @@ class Template:
         """The conversation as text. Raises TemplateError where the template would refuse or drop a part of it."""
         chat, _ = self._admit(messages, tools)
         text = self._raw(chat, tools, generation)
-        self._check_kept(chat, text)
+        check_kept(self.name, chat, text)
         return text
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[int]:
@@ -141,7 +161,9 @@ class Template:
         for number, start in turns:
             stop = next((at for at in range(start, len(tokens)) if tokens[at] in ends), None)
             if stop is None:
-                raise TemplateError(f"assistant message {number} has no end token", why="the template renders the turn without one", do=REMEDY)
+                raise TemplateError(
+                    f"assistant message {number} has no end token", why="the template renders the turn without one", do=REMEDY
+                )
             message_of[start : stop + 1] = [number] * (stop + 1 - start)
             if messages[number].train is not False:
                 mask[start : stop + 1] = [True] * (stop + 1 - start)
@@ -155,17 +177,29 @@ class Template:
         """
         if not new_messages or any(message.role == "assistant" for message in new_messages):
             raise DataError("append takes tool results and user turns", why="an assistant turn is sampled, never encoded again")
-        calls = tuple(ToolCall(name=m.name or "tool", arguments={}, id=m.tool_call_id or f"call-1-{n}") for n, m in enumerate(new_messages) if m.role == "tool")
+        calls = tuple(
+            ToolCall(name=m.name or "tool", arguments={}, id=m.tool_call_id or f"call-1-{n}")
+            for n, m in enumerate(new_messages)
+            if m.role == "tool"
+        )
         if not self.traits.keeps_history and any(message.role == "user" for message in new_messages):
-            raise TemplateError(f"the chat template of {self.name} rewrites earlier turns once a new question follows", why=self.traits.faults.get("history", ""), do=REMEDY)  # fmt: skip
-        self._check_control(new_messages)
+            raise TemplateError(
+                f"the chat template of {self.name} rewrites earlier turns once a new question follows",
+                why=self.traits.faults.get("history", ""),
+                do=REMEDY,
+            )
+        check_control(self._control, new_messages)
         asked = [Message(role="user", content="?")]
         spoken = Message(role="assistant", content="" if calls else "Yes.", tool_calls=calls)
         prompt, text = self._raw(asked, tools, True), self._raw([*asked, spoken, *new_messages], tools, True)
-        self._check_kept(new_messages, text)
+        check_kept(self.name, new_messages, text)
         ends = [(place, end) for end in self._ends() if (place := text.find(end, len(prompt))) >= 0]
         if not text.startswith(prompt) or not ends:
-            raise TemplateError(f"the chat template of {self.name} rewrites the prompt of a turn once its results follow", why=self.traits.faults.get("appends", ""), do=REMEDY)  # fmt: skip
+            raise TemplateError(
+                f"the chat template of {self.name} rewrites the prompt of a turn once its results follow",
+                why=self.traits.faults.get("appends", ""),
+                do=REMEDY,
+            )
         place, end = min(ends)
         cut_short = not ids or ids[-1] not in self.traits.end_ids
         added, _ = self.encoder.encode(text[place if cut_short else place + len(end) :], before=ids[-1] if ids else None)
@@ -181,7 +215,9 @@ class Template:
         think, calls = self.traits.think_syntax, self.traits.call_syntax
         syntax = " ".join([*((think.open, think.close) if think else ()), *((calls.mark, calls.close) if calls else ())])
         dropped = {number for text, number in self._special.items() if text not in syntax} | self.stop_ids | {self.pad_id}
-        text = self.tokenizer.decode([number for number in token_ids if number not in dropped], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(
+            [number for number in token_ids if number not in dropped], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         reasoning, text = split_thinking(text, think)
         content, found = split_calls(text.removeprefix(self.traits.lead), calls)
         return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=found)
@@ -200,18 +236,25 @@ class Template:
             return self._compiled.render(messages=chat, tools=tools, documents=None, add_generation_prompt=generation, **self._roles)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             roles = " ".join(item["role"] for item in chat)
-            raise TemplateError("the chat template refuses a conversation", why=f"{error} (roles: {roles})", do="bring the conversation into a form that the template takes") from error
+            raise TemplateError(
+                "the chat template refuses a conversation",
+                why=f"{error} (roles: {roles})",
+                do="bring the conversation into a form that the template takes",
+            ) from error
 
     def _admit(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> tuple[list[Message], int]:
         """The messages to render and how many of the first were folded away. Raises TemplateError for what would be lost."""
         traits, chat, folded = self.traits, list(messages), 0
         if not chat:
             raise DataError("a conversation has no messages", do="give at least one")
-        self._check_control(chat)
+        check_control(self._control, chat)
         if chat[0].role == "system" and not traits.system:
             if not self.fold_system or len(chat) < 2 or chat[1].role != "user":
-                raise TemplateError(f"the chat template of {self.name} has no system role", why=traits.faults.get("system", ""),
-                                    do=f"remove the system text, or set {FOLD!r}: true in tokenizer_config.json (Template.of(tokenizer, fold_system=True)) to put it into the first user turn")  # fmt: skip
+                raise TemplateError(
+                    f"the chat template of {self.name} has no system role",
+                    why=traits.faults.get("system", ""),
+                    do=f'remove it, or set "{FOLD}": true in tokenizer_config.json (Template.of(tokenizer, fold_system=True)): then it opens the first user turn',
+                )
             chat[1], folded = chat[1].model_copy(update={"content": chat[0].content + "\n\n" + chat[1].content}), 1
             chat = chat[1:]
         needs = {
@@ -222,82 +265,66 @@ class Template:
         }
         for about, lacking in needs.items():
             if lacking:
-                raise TemplateError(f"the chat template of {self.name} has no {about}", why=traits.faults.get(about, "it drops them"), do="use a template that renders them, for example temper/data/chatml.jinja, or remove them from the rows")  # fmt: skip
+                raise TemplateError(
+                    f"the chat template of {self.name} has no {about}",
+                    why=traits.faults.get(about, "it drops them"),
+                    do="use a template that renders them, for example temper/data/chatml.jinja, or remove them from the rows",
+                )
         return chat, folded
 
-    def _check_control(self, messages: Iterable[Message]) -> None:
-        """Refuse text that would become a control token: it could end a turn, or open one in another's name."""
-        if self._control is None:
-            return
-        for number, message in enumerate(messages):
-            for text in (message.content, message.reasoning, *(text for call in message.tool_calls for text in _texts(call.arguments))):
-                if text and (found := self._control.search(text)):
-                    raise TemplateError(f"message {number} ({message.role}) holds the control token {found.group()!r} as text", why="it would be read as the end or start of a turn", do="remove it from the text, or write it another way")  # fmt: skip
-
-    def _check_kept(self, chat: Sequence[Message], text: str) -> None:
-        """Raise TemplateError for a message whose text, call or trained thinking the template dropped."""
-        for number, message in enumerate(chat):
-            trained = message.role == "assistant" and message.train is not False
-            wanted = [message.content.strip(), *(call.name for call in message.tool_calls), (message.reasoning or "").strip() if trained else ""]
-            for part in wanted:
-                if part and part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
-                    beside = " beside its tool call" if message.tool_calls and part == message.content.strip() else ""
-                    raise TemplateError(f"the chat template of {self.name} drops a part of message {number} ({message.role}){beside}: {part[:60]!r}",
-                                        why="what is not rendered is neither trained nor seen", do="remove it from the row, or use a template that renders it")  # fmt: skip
-
-    def _encode(self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, generation: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, generation: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """The tokens of a conversation, and for each assistant message its index and first token."""
         chat, folded = self._admit(messages, tools)
         short, offered = self.traits.short_ids, to_tools(tools)
         dicts = to_chat(chat, short_ids=short)
         text = self._render(dicts, offered, generation)
-        self._check_kept(chat, text)
+        check_kept(self.name, chat, text, thinking=not generation)
         numbers = [number for number, message in enumerate(chat) if message.role == "assistant"]
         strict = {number for number in numbers if chat[number].train is not False} if not generation else set()
         starts = self._starts(dicts, offered, generation, text, numbers, strict)
         ids, places = self.encoder.encode(text, list(starts.values()))
         return ids, [(number + folded, place) for number, place in zip(starts, places, strict=True)]
 
-    def _starts(self, chat: Chat, tools: list[dict[str, Any]] | None, generation: bool, text: str, numbers: list[int], strict: set[int]) -> dict[int, int]:
+    def _starts(
+        self, chat: Chat, tools: list[dict[str, Any]] | None, generation: bool, text: str, numbers: list[int], strict: set[int]
+    ) -> dict[int, int]:
         """Where each assistant turn starts in `text`. Turns in `strict` must be rendered as they would be sampled."""
-        if numbers and tools and self.traits.keeps_history and (moved := self._moved(chat, generation, text, numbers[0])) is not None:
-            tools, text = None, moved[1]  # the tools stand before the first answer: places are found without rendering them again
-            shift = moved[0]
-        else:
-            shift = 0
+        if not numbers:
+            return {}
+        prompts: dict[int, str] = {}
+        shift = 0
+        if tools and self.traits.keeps_history and (bare := self._without_tools(chat, generation, text, numbers[0], prompts)) is not None:
+            shift, text, tools = len(text) - len(bare), bare, None
         starts = {}
         for number in numbers:
-            prompt = self._render(chat[:number], tools, True)
+            prompt = prompts.get(number) or self._render(chat[:number], tools, True)
             kept = text.startswith(prompt)
-            if kept and number in strict and not self.traits.keeps_history and [item["role"] for item in chat[number + 1 : number + 2]] == ["user"]:
+            if (
+                kept
+                and number in strict
+                and not self.traits.keeps_history
+                and [item["role"] for item in chat[number + 1 : number + 2]] == ["user"]
+            ):
                 kept = text.startswith(self._render(chat[: number + 1], tools, False))
             if kept:
                 starts[number] = len(prompt) + shift
             elif number in strict:
-                raise TemplateError(f"the chat template of {self.name} renders assistant message {number} otherwise once later turns follow",
-                                    why=self.traits.faults.get("history", "what is trained would not be what is sampled"),
-                                    do="train only the turns after the last question (train: false on earlier answers), or " + REMEDY)  # fmt: skip
+                raise TemplateError(
+                    f"the chat template of {self.name} renders assistant message {number} otherwise once later turns follow",
+                    why=self.traits.faults.get("history", "what is trained would not be what is sampled"),
+                    do="train only the turns after the last question (train: false on earlier answers), or " + REMEDY,
+                )
         return starts
 
-    def _moved(self, chat: Chat, generation: bool, text: str, first: int) -> tuple[int, str] | None:
-        """(by how much the tools move what follows, the text without them), where they change nothing from turn `first` on."""
+    def _without_tools(self, chat: Chat, generation: bool, text: str, first: int, prompts: dict[int, str]) -> str | None:
+        """The text without tools, where they change nothing from turn `first` on: turns are found in it without rendering tools again."""
         try:
-            bare, before = self._render(chat, None, generation), self._render(chat[:first], None, True)
+            bare, prompt = self._render(chat, None, generation), self._render(chat[:first], None, True)
         except TemplateError:
             return None
-        return (len(text) - len(bare), bare) if bare.startswith(before) and text.endswith(bare[len(before) :]) else None
-
-
-def _texts(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-
-
-REMEDY = "use a template that keeps every turn as it was sampled (temper/data/chatml.jinja; for Qwen3, temper/data/qwen3.jinja)"
+        if not bare.startswith(prompt) or not text.endswith(bare[len(prompt) :]):
+            return None
+        prompts[first] = prompt
+        return bare
