@@ -146,9 +146,10 @@ class Server:
             self.capture.append(
                 served_again(record, loaded.release, tenant=line.tenant, licence=self.config.capture_licence, request_id=line.request_id)
             )
+        # the outcome's detail may hold the gold answer: it goes into the captured record, never to the client
         body = {
             "id": f"episode-{line.request_id}", "object": "episode", "model": request.model, "task": task.id, "slice": task.slice,
-            "messages": turns(record, task), "outcome": record.outcome.model_dump(mode="json"),
+            "messages": turns(record, task), "outcome": record.outcome.model_dump(mode="json", exclude={"detail"}),
             "usage": {"prompt_tokens": line.prompt_tokens, "completion_tokens": line.completion_tokens},
         }  # fmt: skip
         return JSONResponse(body, headers=self._headers(line, loaded))

@@ -41,7 +41,7 @@ class Sums:
 
     def verify(self, task, turns, session):
         right = turns[-1].content == f"It is {task.answer['sum']}."
-        return Outcome(reward=float(right), checks={"sum": right})
+        return Outcome(reward=float(right), checks={"sum": right}, detail={"expected": f"gold {task.answer['sum']}"})
 
 
 def say(weights, adapter, request):
@@ -75,6 +75,7 @@ def test_a_task_is_run_with_its_tools_and_verified(served):
     assert answer["messages"][1]["content"] == '{"sum": 3}'
     assert answer["messages"][2]["content"] == "It is 3."
     assert answer["outcome"]["reward"] == 1.0
+    assert "gold" not in json.dumps(answer)
     (line,) = read_lines(root / "audit.jsonl")
     assert (line["tenant"], line["adapter_hash"], line["choices"]) == ("bank_a", made.adapters["bank_a"], 2)
     assert line["completion_tokens"] == answer["usage"]["completion_tokens"] > 0
