@@ -67,7 +67,8 @@ def pack(sequences: Rows[Sequence], pad_id: int, row_tokens: int) -> Batch:
     """Sequences side by side in rows of at most `row_tokens`, longest first into the fullest row with room for it.
 
     Sequences of one row share its adapter, and see neither each other (positions restart) nor a loss across the seam
-    (a sequence's first weight is 0). A sequence longer than `row_tokens` has a row of its own.
+    (a sequence's first weight is 0): transformers parts a row where positions restart, given position ids, no attention
+    mask, and use_cache=False (with a cache it does not). A sequence longer than `row_tokens` has a row of its own.
     """
     bins: list[list[int]] = []
     room: list[int] = []
