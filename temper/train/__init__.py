@@ -24,6 +24,6 @@ def load_stage(name: str) -> ModuleType:
     try:
         return importlib.import_module(dotted)
     except ModuleNotFoundError as error:
-        if error.name != dotted:
-            raise
+        if error.name is None or not f"{dotted}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
         raise ConfigError(f"stage module {dotted} does not exist", do="check the dotted name") from error

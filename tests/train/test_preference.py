@@ -1,0 +1,132 @@
+"""Pairs: the reference, the losses by name, the reward model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from worlds import conversations, manifest, pairs
+
+from temper.core.errors import ConfigError, DataError
+from temper.policy.adapters import LoraConfig
+from temper.policy.model import Policy
+from temper.policy.scalar_head import RewardModel
+from temper.train import preference, reward, sft
+
+FAST = {"pairs_per_step": 8, "tokens_per_batch": 256, "optim": {"lr": 1e-3}, "precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return manifest(tmp_path_factory.mktemp("manifest") / "pairs", pairs(32))
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_dpo_starts_at_log_two_and_learns(base, data, tmp_path) -> None:
+    """At the first step policy and reference are one: margin 0, loss −log σ(0) = log 2, nothing has drifted."""
+    result = preference.run(preference.Config(out=str(tmp_path / "dpo"), base=base, data=data, epochs=2, **FAST))
+    first, last = log_of(tmp_path / "dpo")[0], log_of(tmp_path / "dpo")[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["margin"] == pytest.approx(0.0, abs=1e-4)
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert last["margin"] > 0.3
+    assert last["accuracy"] == 1.0
+    assert last["kl"] > 0.01
+    assert last["chosen_drift"] > last["rejected_drift"]
+    assert (result["pairs"], result["steps"]) == (32, 8)
+    assert last["chosen_length"] < last["rejected_length"]
+
+
+@pytest.mark.parametrize("name", ["ipo", "simpo", "orpo"])
+def test_other_losses_widen_the_margin(base, data, tmp_path, name) -> None:
+    keys = {"reference": "start" if name in preference.NEED_REFERENCE else "none", "beta": 0.1 if name == "ipo" else 2.0}
+    preference.run(preference.Config(out=str(tmp_path / "out"), base=base, data=data, loss=name, epochs=2, sft_mix=0.1, **keys, **FAST))
+    log = log_of(tmp_path / "out")
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["margin"] > log[0]["margin"]
+    assert ("kl" in log[0]) == (name == "ipo")
+
+
+def test_a_reference_is_refused_or_required_by_name(base, data) -> None:
+    with pytest.raises(ConfigError, match="'dpo' needs reference log-probs") as refused:
+        preference.run(preference.Config(out="o", base=base, data=data, reference="none"))
+    assert "orpo, simpo" in refused.value.do
+    with pytest.raises(ConfigError, match="no preference loss 'dppo'"):
+        preference.run(preference.Config(out="o", base=base, data=data, loss="dppo"))
+
+
+def test_the_reference_is_the_start_without_dropout_and_computed_once(base, data, tmp_path, monkeypatch) -> None:
+    """An adapter with dropout 0.5 that is not the identity: its reference is the adapted policy with dropout off."""
+    rows = manifest(tmp_path / "rows", conversations(12))
+    lora = LoraConfig(rank=4, dropout=0.5)
+    started = sft.run(sft.Config(out=str(tmp_path / "sft"), base=base, data=rows, lora=lora, precision="float32", optim={"lr": 1e-1}))
+    cfg = preference.Config(out=str(tmp_path / "dpo"), base=base, data=data, initial_adapter=started["adapter"], **FAST)
+    calls = []
+    score = preference.score
+    monkeypatch.setattr(preference, "score", lambda *args: calls.append(1) or score(*args))
+    monkeypatch.setattr(preference, "keep", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        preference.run(cfg)
+    monkeypatch.undo()
+    monkeypatch.setattr(preference, "score", lambda *args: calls.append(1) or score(*args))
+    preference.run(cfg)
+    assert calls == [1]  # the second run found the first one's
+    policy = Policy.load(base, precision="float32")
+    policy.load_adapter("adapter", started["adapter"])
+    wanted = preference.pairs_of(sft.load_records(data)[1], policy.template, 1024, "adapter")
+    expected = torch.cat(preference.score(wanted, policy, cfg))
+    from safetensors.torch import load_file
+
+    (kept,) = (tmp_path / "dpo").glob("reference-*.safetensors")
+    torch.testing.assert_close(load_file(kept)["logprobs"], expected, atol=1e-5, rtol=0)
+    bare = torch.cat(preference.score([(one, other) for one, other in preference.pairs_of(sft.load_records(data)[1], policy.template, 1024)], policy, cfg))
+    assert float((bare - expected).abs().max()) > 1e-2  # "adapter off" would have been another reference
+
+
+def test_label_smoothing_and_length_normalisation_reach_the_loss(base, data) -> None:
+    """One pair by hand: chosen −2 over 2 tokens, rejected −6 over 3, reference −3 and −3, β = 0.5."""
+    one = lambda value: torch.tensor([value])  # noqa: E731
+    scored = preference.Scored(one(-2.0), one(-6.0), one(-3.0), one(-3.0), one(2), one(3))
+    log_sigmoid = lambda x: -math.log1p(math.exp(-x))  # noqa: E731
+    margin = 0.5 * ((-2 + 3) - (-6 + 3))  # 2
+    plain = preference.dpo(scored, preference.Config(out="o", base=base, data=data, beta=0.5))
+    assert float(plain.total) == pytest.approx(-log_sigmoid(margin))
+    smooth = preference.dpo(scored, preference.Config(out="o", base=base, data=data, beta=0.5, label_smoothing=0.1))
+    assert float(smooth.total) == pytest.approx(-0.9 * log_sigmoid(margin) - 0.1 * log_sigmoid(-margin))
+    normal = preference.dpo(scored, preference.Config(out="o", base=base, data=data, beta=0.5, length_normalised=True))
+    assert float(normal.total) == pytest.approx(-log_sigmoid(0.5 * ((-1 + 1.5) - (-2 + 1))))
+    simpo = preference.simpo(scored, preference.Config(out="o", base=base, data=data, loss="simpo", reference="none", beta=2.0, gamma=0.5))
+    assert float(simpo.total) == pytest.approx(-log_sigmoid(2 * (-1) - 2 * (-2) - 0.5 * 2))
+
+
+def test_a_record_without_a_preference_is_named(base, tmp_path) -> None:
+    rows = conversations(1)
+    with pytest.raises(DataError, match=f"{rows[0].id[:16]}.*has no preference"):
+        preference.run(preference.Config(out=str(tmp_path / "o"), base=base, data=manifest(tmp_path / "rows", rows)))
+
+
+def test_a_reward_model_tells_pairs_apart_and_loads_again(base, data, tmp_path) -> None:
+    heldout = manifest(tmp_path / "heldout", pairs(12, seed=9))
+    cfg = reward.Config(out=str(tmp_path / "reward"), base=base, data=data, heldout=heldout, epochs=2, **FAST)
+    result = reward.run(cfg)
+    assert result["metrics"]["heldout_accuracy"] == 1.0
+    assert result["metrics"]["heldout_pairs"] == 12
+    assert log_of(tmp_path / "reward")[0]["accuracy"] == 0.5  # the head starts at zero: every pair is a tie
+    judge = RewardModel.load(result["reward_model"], precision="float32")
+    chosen, rejected = preference.pairs_of(sft.load_records(heldout)[1], judge.template, 1024)[0]
+    scores = judge.score([chosen.tokens, rejected.tokens])
+    assert scores[0] > scores[1]
+    assert reward.run(cfg) == json.loads(json.dumps(result))
+
+
+def test_estimates(base, data) -> None:
+    found = preference.estimate(preference.Config(out="o", base=base, data=data, **FAST))
+    assert (found.rows, found.steps) == (64, 4)
+    assert "more forward passes" in found.seconds_from
+    assert reward.estimate(reward.Config(out="o", base=base, data=data, **FAST)).steps == 4
