@@ -202,13 +202,15 @@ class Batch:
 
     def forward(self, ids_R_T: Tensor, positions_R_T: Tensor, writing: Writing, *, logits: bool) -> Tensor:
         """One pass over the model: the logits of the last position, or nothing worth having where only keys are wanted."""
-        device, model = self.policy.device, self.policy.model
-        positions_R_T = positions_R_T.to(device)
-        mask = self.engine.masks(positions_R_T, writing.reach, fresh=writing.fresh, dtype=model.dtype)
+        device, model, lean = self.policy.device, self.policy.model, self.engine.lean
+        ids_R_T, positions_R_T = ids_R_T.to(device), positions_R_T.to(device)
+        if lean is not None:
+            hidden = lean(ids_R_T, positions_R_T, writing, self.cache)
+            return self.policy.head.logits(hidden[:, -1]) if logits else hidden
         self.cache.writing = writing
         inputs: dict[str, Any] = {
-            "input_ids": ids_R_T.to(device), "attention_mask": mask, "position_ids": positions_R_T,
-            "past_key_values": self.cache, "use_cache": True,
+            "input_ids": ids_R_T, "position_ids": positions_R_T, "past_key_values": self.cache, "use_cache": True,
+            "attention_mask": self.engine.masks(positions_R_T, writing.reach, fresh=writing.fresh, dtype=model.dtype),
         }  # fmt: skip
         try:
             return model(**inputs).logits[:, -1] if logits else model.get_decoder()(**inputs).last_hidden_state

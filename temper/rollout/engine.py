@@ -21,6 +21,7 @@ from temper.core.records import Sampled
 from temper.rollout.batch import Batch
 from temper.rollout.cache import SlotCache
 from temper.rollout.grammar import Grammar, Grammars
+from temper.rollout.lean import LeanDecoder
 from temper.rollout.linears import fast_linears
 from temper.rollout.masks import Masks
 from temper.rollout.rows import Request, Residents, Row
@@ -61,6 +62,7 @@ class Engine:
         self.policy, self.max_rows, self.keep_prefixes = policy, max_rows, keep_prefixes
         self.memory_bytes = memory_bytes
         self.masks = Masks(policy.model)
+        self.lean = LeanDecoder.of(policy.model, self.masks)
         self.grammars = Grammars(policy)
         self.stats = Stats()
         self.cache = SlotCache()
