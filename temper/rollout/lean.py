@@ -30,7 +30,7 @@ class LeanDecoder:
     def __init__(self, model: PreTrainedModel, masks: Masks) -> None:
         self.decoder: Any = model.get_decoder()
         self.masks = masks
-        self.kinds = getattr(model.config.get_text_config(), "layer_types", None)
+        self.kinds: list[str] = getattr(model.config.get_text_config(), "layer_types", None) or []
 
     @classmethod
     def of(cls, model: PreTrainedModel, masks: Masks) -> LeanDecoder | None:
