@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ app = typer.Typer(
 )
 
 BASE = "temper/environments/finops/base"
-TRAINED, CONTEXT = "bold black on green", "dim"
+TRAINED, CONTEXT = ("black on green", "black on bright_green"), ("dim", "default")  # neighbours differ, so that token ends show
 
 
 @app.command("inspect", epilog="Example: temper data inspect runs/demo/data/sft --model runs/demo/sft/model --row 3")
@@ -28,7 +29,7 @@ def inspect(
     model: Annotated[str, typer.Option("--model", "--tokenizer", help="The checkpoint whose tokenizer and template are used.")] = BASE,
     row: Annotated[int, typer.Option("--row", min=1, help="The first row to show.")] = 1,
     rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")] = 1,
-    tokens: Annotated[bool, typer.Option("--tokens/--text", help="Mark where each token ends, or show plain text.")] = True,
+    tokens: Annotated[bool, typer.Option("--tokens/--text", help="Token by token, or in stretches of equal mask.")] = True,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="Longest row, as in training.")] = 1024,
     as_json: Json = False,
 ) -> None:
@@ -44,68 +45,57 @@ def inspect(
     shown = [
         {"row": number, **found}
         for number, record in enumerate(records[row - 1 : row - 1 + rows], start=row)
-        for found in masked_rows(record, template, max_tokens)
+        for found in masked_rows(record, template, max_tokens, tokens)
     ]
     if as_json:
         print_json(shown)
         return
     for item in shown:
-        print_row(item, tokens)
+        print_row(item)
 
 
-def masked_rows(record: Record, template: Any, max_tokens: int) -> list[dict[str, Any]]:
-    """A record's training rows (one; two of a preference pair), each as token texts with their mask."""
+def masked_rows(record: Record, template: Any, max_tokens: int, tokens: bool) -> list[dict[str, Any]]:
+    """A record's training rows (one; two of a preference pair), each as pieces of text with their mask."""
+    from temper.data.inspect import text_spans, token_spans
     from temper.data.sequence import preference_sequences, to_sequence
 
     if record.preference is None:
         named = {"": to_sequence(record, template, max_tokens)}
     else:
         named = dict(zip(("chosen", "rejected"), preference_sequences(record, template, max_tokens), strict=True))
-    found = []
-    for name, sequence in named.items():
-        pieces = [template.tokenizer.decode([token], skip_special_tokens=False) for token in sequence.tokens]
-        trained = [weight != 0 for weight in sequence.weights]
-        found.append(
-            {
-                "record": record.id,
-                "side": name,
-                "shape": record.shape,
-                "tokens": list(sequence.tokens),
-                "pieces": pieces,
-                "trained": trained,
-            }
-        )
-    return found
+    spans = token_spans if tokens else text_spans
+    return [
+        {
+            "record": record.id, "side": name, "shape": record.shape, "tokens": len(row.tokens), "trained": row.supervised,
+            "token_ids": list(row.tokens), "pieces": spans(row, template.tokenizer),
+        }
+        for name, row in named.items()
+    ]  # fmt: skip
 
 
-def print_row(item: dict[str, Any], tokens: bool) -> None:
+def print_row(item: dict[str, Any]) -> None:
     """One row with its mask in colour (and in brackets where there is no colour)."""
     from rich.console import Console
 
     console = Console()
     side = f" · {item['side']}" if item["side"] else ""
-    share = f"{sum(item['trained'])} of {len(item['trained'])} tokens trained"
-    console.print(
-        f"row {item['row']} · {item['shape']}{side} · {item['record'][:16]} · {share}", style="bold", highlight=False, markup=False
-    )
-    console.print(
-        coloured(item["pieces"], item["trained"], tokens=tokens, brackets=not console.is_terminal), soft_wrap=not console.is_terminal
-    )
+    title = f"row {item['row']} · {item['shape']}{side} · {item['record'][:16]} · {item['trained']} of {item['tokens']} tokens trained"
+    plain = not console.is_terminal
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=plain)
+    console.print(coloured(item["pieces"], brackets=plain), soft_wrap=plain)
     console.print("")
 
 
-def coloured(pieces: list[str], trained: list[bool], *, tokens: bool, brackets: bool) -> Text:
-    """Token texts as one text: trained ones stand out. `brackets` marks them with ⟦ ⟧ too, for a file or a pipe."""
+def coloured(pieces: Sequence[tuple[str, bool]], *, brackets: bool) -> Text:
+    """Pieces as one text: trained ones stand out, each other one a little. `brackets` marks the trained ones with ⟦ ⟧ too."""
     from rich.text import Text
 
     text, inside = Text(), False
-    for piece, is_trained in zip(pieces, trained, strict=True):
-        if brackets and is_trained != inside:
-            text.append("⟦" if is_trained else "⟧")
-            inside = is_trained
-        text.append(piece, style=TRAINED if is_trained else CONTEXT)
-        if tokens:
-            text.append("·", style="dim cyan")
+    for number, (piece, trained) in enumerate(pieces):
+        if brackets and trained != inside:
+            text.append("⟦" if trained else "⟧")
+            inside = trained
+        text.append(piece, style=(TRAINED if trained else CONTEXT)[number % 2])
     if inside:
         text.append("⟧")
     return text

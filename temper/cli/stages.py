@@ -51,10 +51,10 @@ def read_values(path: Path, overrides: list[str] | None) -> dict[str, Any]:
 
 
 def stage_of(path: Path, values: dict[str, Any]) -> str:
-    """The stage that a file configures: its `stage:` key, or the file's own name where that is one. Raises ConfigError."""
-    stage = values.get("stage")
-    if stage is None and path.stem in CONFIGS:
-        return path.stem
+    """The stage that a file configures: its `stage:` key, or how its name begins (gate-student.yaml). Raises ConfigError."""
+    stage, begins = values.get("stage"), path.stem.replace("_", "-").partition("-")[0]
+    if stage is None and begins in CONFIGS:
+        return begins
     if not isinstance(stage, str):
         raise ConfigError(
             f"{path} does not say what it configures", why="it has no `stage:` key", do=f"add `stage:` with one of {', '.join(CONFIGS)}"

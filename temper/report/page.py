@@ -38,7 +38,7 @@ def context(data: ReportData) -> dict[str, Any]:
     phases = [
         {
             "phase": phase, "account": view.account(phase, by_name[phase.name]), "seconds": view.seconds(phase),
-            "facts": [text for stage in phase.stages if (text := view.facts(stage))], "forest": Markup(plots.forest(phase)),
+            "facts": view.facts(phase.stages), "forest": Markup(plots.forest(phase)),
             "curves": [(stages, Markup(svg)) for stages in view.alike(phase.stages) if (svg := plots.curves(stages))],
         }
         for phase in data.phases

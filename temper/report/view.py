@@ -175,9 +175,14 @@ def alike(stages: Sequence[StageLog]) -> list[list[StageLog]]:
     return [[stage for stage in stages if stage.kind == kind] for kind in kinds]
 
 
-def facts(stage: StageLog) -> str:
-    """What a stage trained on, from what it recorded."""
-    return ", ".join(f"{stage.result[name]:,} {name}" for name in ("rows", "pairs", "tasks", "steps") if isinstance(stage.result.get(name), int))
+def facts(stages: Sequence[StageLog]) -> list[str]:
+    """What the stages read and did, from what they recorded; equal accounts are said once, with their number."""
+    said: dict[str, int] = {}
+    for stage in stages:
+        text = ", ".join(f"{stage.result[name]:,} {name}" for name in ("rows", "pairs", "tasks", "steps") if isinstance(stage.result.get(name), int))
+        if text:
+            said[text] = said.get(text, 0) + 1
+    return [f"{count} × {text}" if count > 1 else text for text, count in said.items()]
 
 
 def judged(judgement: Judgement) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def interval_text(measure: Measure | None) -> str:
     if measure.unit == "rate":
         return f"{measure.low * 100:.0f}–{measure.high * 100:.0f}%"
     low, high = number(measure.low, measure.unit), number(measure.high, measure.unit)
+    if measure.unit.endswith(" a task"):
+        return f"{low.partition(' ')[0]}–{high.partition(' ')[0]}"
     head, _, unit = low.partition(" ")
     return f"{head}–{high}" if unit and high.endswith(f" {unit}") else f"{low}–{high}"
 
@@ -118,6 +120,6 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return ABSENT
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes}\u00a0min\u00a0{rest:02d}\u00a0s" if minutes < 60 else f"{minutes // 60}\u00a0h\u00a0{minutes % 60:02d}\u00a0min"
