@@ -58,6 +58,8 @@ def main(base: str, out: str, steps: int = 40, lr: float = 1e-4) -> list[float]:
 
     def loss(batch: Batch) -> LossOut:
         """PPO's clipped objective on the very tokens that were sampled."""
+        assert batch.old_logprobs_B_T is not None
+        assert batch.advantages_B_T is not None
         return clipped_pg(policy.token_logprobs(batch).logprobs_B_T, batch.old_logprobs_B_T, batch.advantages_B_T, batch.mask_B_T, clip_high=0.28)
 
     for step in track(range(steps), "grpo"):

@@ -59,6 +59,8 @@ def policy_loss(policy: Policy, reference: Policy | None, cfg: Config) -> Loss:
 
     def loss(batch: Batch) -> LossOut:
         mask_B_T, sampled_B_T, weights_B_T = batch.mask_B_T, batch.old_logprobs_B_T, batch.weights_B_T
+        assert sampled_B_T is not None
+        assert batch.advantages_B_T is not None
         scores = policy.token_logprobs(batch, temperature=cfg.temperature, entropy=True)
         importance_B_T = truncated_importance(scores.logprobs_B_T, sampled_B_T, mask_B_T, cap=cfg.tis_cap) if cfg.tis_cap else None
         old_B_T = scores.logprobs_B_T.detach() if cfg.tis_cap else sampled_B_T

@@ -9,6 +9,7 @@ from temper.core.records import Noun
 from temper.data.batch import collate
 from temper.data.sequence import Sequence
 from temper.policy.model import Policy
+from temper.policy.scalar_head import RewardModel
 from temper.train.cost import Cost, synchronise
 from temper.train.learner import Loss
 from temper.train.stage import Plan
@@ -33,7 +34,7 @@ class Estimate(Noun):
     seconds_from: str
 
 
-def estimate_rows(policy: Policy, rows: Rows[Sequence], plan: Plan, loss: Loss, *, forwards: int = 0) -> Estimate:
+def estimate_rows(policy: Policy | RewardModel, rows: Rows[Sequence], plan: Plan, loss: Loss, *, forwards: int = 0) -> Estimate:
     """The cost of training on `plan` of `rows`: one batch is timed on a small model, operations counted on a large one.
 
     `forwards` counts extra passes without a backward (a reference, a teacher).
@@ -61,7 +62,7 @@ def estimate_rows(policy: Policy, rows: Rows[Sequence], plan: Plan, loss: Loss, 
     )  # fmt: skip
 
 
-def probe(policy: Policy, batches: list[list[Sequence]], loss: Loss) -> float:
+def probe(policy: Policy | RewardModel, batches: list[list[Sequence]], loss: Loss) -> float:
     """Seconds of one forward and backward over `batches`; gradients are thrown away."""
     device = str(policy.device)
     seconds = 0.0

@@ -1,0 +1,96 @@
+"""Distillation: how the student is made, what is refused, and that it comes nearer to its teacher."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint
+from worlds import conversations, manifest
+
+from temper.core.errors import ConfigError, DataError
+from temper.policy.model import Policy
+from temper.train import distill
+from temper.train.student import count_parameters, make_student, pick_layers
+
+FAST = {"tokens_per_step": 400, "tokens_per_batch": 256, "optim": {"lr": 3e-3}, "precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return manifest(tmp_path_factory.mktemp("manifest") / "rows", conversations(40))
+
+
+def test_layers_are_picked_evenly() -> None:
+    assert pick_layers(6, 2) == [0, 5]
+    assert pick_layers(6, 3) == [0, 2, 5]
+    assert pick_layers(6, 6) == [0, 1, 2, 3, 4, 5]
+    assert pick_layers(6, 1) == [0]
+    with pytest.raises(ConfigError, match="7 layers of a teacher that has 6"):
+        pick_layers(6, 7)
+
+
+def test_a_student_of_all_layers_is_its_teacher_and_of_some_has_their_weights(deep) -> None:
+    teacher = Policy.load(deep, precision="float32")
+    assert make_student(teacher, layers=6).weights_hash() == teacher.weights_hash()
+    student = make_student(teacher, layers=2)
+    small, large = student.base_parameters(), teacher.base_parameters()
+    assert torch.equal(small["model.layers.1.self_attn.q_proj.weight"], large["model.layers.5.self_attn.q_proj.weight"])
+    assert torch.equal(small["model.embed_tokens.weight"], large["model.embed_tokens.weight"])
+    assert student.model.config.num_hidden_layers == len(student.model.config.layer_types) == 2
+    assert torch.equal(make_student(teacher, take=(2, 3)).base_parameters()["model.layers.0.mlp.up_proj.weight"], large["model.layers.2.mlp.up_proj.weight"])
+    with pytest.raises(ConfigError, match="layers 0 to 5"):
+        make_student(teacher, take=(6,))
+
+
+def test_narrowing_keeps_the_strong_neurons(deep) -> None:
+    """Where all but the kept neurons write nothing, the narrow student says the very same."""
+    teacher = Policy.load(deep, precision="float32")
+    with torch.no_grad():
+        for layer in teacher.model.model.layers:
+            layer.mlp.down_proj.weight[:, 16:] = 0.0
+    student = make_student(teacher, layers=6, intermediate=16)
+    tokens = torch.arange(1, 9)[None]
+    torch.testing.assert_close(student.model(tokens).logits, teacher.model(tokens).logits, atol=1e-5, rtol=1e-5)
+    assert count_parameters(student.model) < count_parameters(teacher.model)
+    with pytest.raises(ConfigError, match="gated MLP"):
+        make_student(teacher, layers=2, intermediate=4096)
+
+
+def test_too_large_a_student_and_another_tokenizer_are_refused(deep, data, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="at most 50%"):
+        distill.run(distill.Config(out=str(tmp_path / "o"), base=deep, data=data, student={"layers": 5}, **FAST))
+    llama = tiny_checkpoint("llama", tmp_path / "llama")
+    with pytest.raises(DataError, match="different tokenizers") as refused:
+        distill.run(distill.Config(out=str(tmp_path / "o"), base=deep, data=data, student={"checkpoint": str(llama)}, **FAST))
+    assert "sft on text that the teacher wrote" in refused.value.do
+    for keys in ({"student": {}, "data": data}, {"student": {"layers": 2}}, {"student": {"layers": 2}, "on_policy": True}):
+        with pytest.raises(ValueError, match=r"give|needs"):
+            distill.Config(out="o", base=deep, **keys)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_student_comes_nearer(deep, data, tmp_path, name) -> None:
+    cfg = distill.Config(out=str(tmp_path / "d"), base=deep, data=data, dev=data, student={"layers": 2, "intermediate": 32}, divergence=name, epochs=4, **FAST)
+    result = distill.run(cfg)
+    log = [json.loads(line) for line in (tmp_path / "d/metrics.jsonl").read_text().splitlines()]
+    assert 0 < log[-1]["dev_divergence"] < 0.7 * log[0]["loss"]
+    assert result["student_parameters"] <= 0.5 * result["teacher_parameters"]
+    assert count_parameters(Policy.load(result["model"]).model) == result["student_parameters"]
+    assert distill.run(cfg) == json.loads(json.dumps(result))
+
+
+def test_on_policy_teaches_what_the_student_samples(deep, tmp_path) -> None:
+    keys = {"student": {"layers": 2, "intermediate": 32}, "on_policy": True, "environment": "worlds:say", "divergence": "reverse_kl", "tasks_per_step": 8}
+    cfg = distill.Config(out=str(tmp_path / "d"), base=deep, steps=12, **keys, **FAST)
+    distill.run(cfg)
+    log = [json.loads(line) for line in (tmp_path / "d/metrics.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[0]["supervised"] <= 8 * 6  # tasks times max_tokens: prompts are not taught
+
+
+def test_estimates(deep, data) -> None:
+    found = distill.estimate(distill.Config(out="o", base=deep, data=data, student={"layers": 2, "intermediate": 32}, **FAST))
+    assert found.rows == 40
+    assert found.parameters == found.trained

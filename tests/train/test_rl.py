@@ -1,0 +1,160 @@
+"""Reinforcement learning: credit by hand, token in and token out, and what is watched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import worlds
+from worlds import WORDS, SayEnvironment, provenance
+
+from temper.core.errors import ConfigError, DataError
+from temper.core.records import Message, Outcome, Record, Sampled
+from temper.data.batch import collate
+from temper.policy.model import Policy
+from temper.rollout.engine import Engine
+from temper.rollout.episodes import collect
+from temper.train import rl
+from temper.train.credit import AGGREGATIONS, credited, policy_loss
+from temper.train.learner import loss_weight
+from temper.train.probes import hacking_probes, summarise
+
+FAST = {"tasks_per_step": 4, "group": 6, "precision": "float32", "optim": {"lr": 1e-2, "schedule": "constant"}, "environment": "worlds:say"}
+
+
+def config(**keys) -> rl.Config:
+    return rl.Config(**{"out": "o", "base": "b", "environment": "worlds:say", **keys})
+
+
+def episode(reward: float | None, tokens: int, text: str = "done", **checks: bool) -> Record:
+    turn = Sampled(prompt_ids=(1, 2), token_ids=tuple(range(3, 3 + tokens)), logprobs=(-0.5,) * tokens, finish_reason="stop")
+    return Record(
+        messages=(Message(role="user", content="?"), Message(role="assistant", content=text)), provenance=provenance(), sampled=(turn,),
+        outcome=Outcome(reward=reward, checks=checks),
+    )  # fmt: skip
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_credit_lands_on_sampled_tokens_of_groups_that_differ() -> None:
+    """Group 1: rewards 1 and 0, mean 0.5. Group 2 agrees and teaches nothing. Group 3 has one unjudged episode."""
+    groups = [[episode(1.0, 2), episode(0.0, 4)], [episode(1.0, 3), episode(1.0, 3)], [episode(None, 3), episode(0.0, 3), episode(3.0, 3)]]
+    found = credited(groups, config(advantage="dr_grpo"))
+    assert [row.advantages for row in found] == [
+        [0, 0, 0.5, 0.5], [0, 0, -0.5, -0.5, -0.5, -0.5], [0, 0, -1.5, -1.5, -1.5], [0, 0, 1.5, 1.5, 1.5],
+    ]  # fmt: skip
+    assert found[0].old_logprobs == [0, 0, -0.5, -0.5]
+    halved = credited(groups[:1], config(advantage="rloo"))
+    assert [row.advantages[-1] for row in halved] == [1.0, -1.0]  # 1 − 0 and 0 − 1: each against the other
+    scaled = credited(groups[:1], config(advantage="grpo"))
+    assert scaled[0].advantages[-1] == pytest.approx(0.5 / 0.5**0.5)  # the spread of (1, 0) with n−1 is √0.5
+    with pytest.raises(ConfigError, match="no advantage 'gae'"):
+        credited(groups, config(advantage="gae"))
+
+
+def test_aggregations_by_hand() -> None:
+    """Episodes of 2 and 4 tokens: token 1/6 each; sequence 1/4 and 1/8; constant with L = 8: 1/16 each."""
+    group = [[episode(1.0, 2), episode(0.0, 4)]]
+    shares = {}
+    for name in AGGREGATIONS:
+        found = credited(group, config(aggregation=name, max_tokens=8))
+        denominator = AGGREGATIONS[name][1](collate(found, 0))
+        shares[name] = [row.weights[-1] / denominator for row in found]
+    assert shares["token"] == pytest.approx([1 / 6, 1 / 6])
+    assert shares["sequence"] == pytest.approx([1 / 4, 1 / 8])
+    assert shares["constant"] == pytest.approx([1 / 16, 1 / 16])
+
+
+def test_summary_by_hand() -> None:
+    memory: dict = {}
+    records = [[episode(1.0, 2, procedure=False), episode(0.0, 4, procedure=True)], [episode(0.5, 3, procedure=True), episode(None, 3)]]
+    found = summarise(records, ("procedure",), memory)
+    assert found["reward"] == 0.5
+    assert found["solved"] == pytest.approx(1 / 3)
+    assert found["unjudged"] == 0.25
+    assert found["varied_groups"] == 0.5
+    assert found["unearned_reward"] == pytest.approx(1.0 / 1.5)
+    assert (found["length"], found["length_drift"]) == (3.0, 0.0)
+    longer = summarise([[episode(1.0, 6), episode(1.0, 6)]], (), memory)
+    assert longer["length_drift"] == 1.0  # twice the first batch's
+    nothing = summarise([[episode(None, 1)]], (), {})
+    assert nothing["reward"] is None  # absent is not zero
+    assert nothing["solved"] is None
+
+
+def test_probes_find_a_verifier_that_any_answer_pleases() -> None:
+    """`say` pays for the letter e: the constant 'Yes' earns everything, and so does the policy's habit on foreign tasks."""
+    environment = SayEnvironment()
+    tasks = environment.tasks("train")[:3]
+    found = hacking_probes(environment, tasks, [[episode(1.0, 1, "the")], [episode(1.0, 1, "the")], [episode(0.0, 1, "no")]])
+    assert found == {"probe_empty": 0.0, "probe_constant": 1.0, "probe_common": 1.0}
+    strict = hacking_probes(environment, tasks, [[episode(0.0, 1, "no")], [episode(0.0, 1, "no")], [episode(1.0, 1, "the")]])
+    assert strict["probe_common"] == 0.0
+
+
+def test_sampler_and_learner_agree_and_ratio_is_one_before_the_update(base) -> None:
+    policy = Policy.load(base, precision="float32")
+    cfg = config(temperature=0.7, aggregation="sequence")
+    groups = collect(Engine(policy), SayEnvironment(), SayEnvironment().tasks("train")[:3], group=4, temperature=0.7, seed=1)
+    batch = collate(credited(groups, cfg), policy.template.pad_id)
+    out = policy_loss(policy, None, cfg)(batch)
+    assert float(out.sums["mismatch"] / out.count) < 1e-5
+    assert float(out.sums["ratio"] / out.count) == pytest.approx(1.0, abs=1e-5)
+    assert float(out.sums["clipped"]) == 0
+    other = policy_loss(policy, None, cfg.model_copy(update={"temperature": 1.0}))(batch)
+    assert float(other.sums["mismatch"] / other.count) > 1e-2  # the wrong temperature would have shown
+    kept = policy_loss(policy, policy.clone_reference(), cfg.model_copy(update={"kl": 1.0}))(batch)
+    assert float(kept.sums["kl"]) == pytest.approx(0.0, abs=1e-6)
+    capped = policy_loss(policy, None, cfg.model_copy(update={"tis_cap": 2.0}))(batch)
+    assert float(capped.total.detach()) == pytest.approx(float(out.total.detach()), abs=1e-4)
+    assert loss_weight(batch) == pytest.approx(len(batch.tokens_B_T))
+
+
+@pytest.mark.parametrize("keys", [{}, {"advantage": "rloo", "aggregation": "constant", "max_tokens": 16}])
+def test_reward_rises(base, tmp_path, keys) -> None:
+    result = rl.run(rl.Config(out=str(tmp_path / "rl"), base=base, steps=16, **FAST, **keys))
+    log = log_of(tmp_path / "rl")
+    assert sum(row["reward"] for row in log[-3:]) > sum(row["reward"] for row in log[:3]) + 0.5
+    assert {"length_drift", "unearned_reward", "mismatch", "mismatch_kl", "sample_s", "update_s", "varied_groups"} <= log[0].keys()
+    assert {"probe_empty", "probe_constant", "probe_common"} <= log[0].keys()
+    assert set(result) >= {"model", "hash", "metrics"}
+    assert (tmp_path / "rl/episodes/step-000000.jsonl").is_file()
+
+
+def test_an_adapter_is_sampled_from_and_trained(base, tmp_path) -> None:
+    """Its log-probs are the sampler's (mismatch), it moves, and the base does not."""
+    result = rl.run(rl.Config(out=str(tmp_path / "rl"), base=base, steps=3, adapter="desk", lora={"rank": 4, "alpha": 64}, **FAST))
+    assert "model" not in result
+    policy = Policy.load(base, precision="float32")
+    policy.load_adapter("desk", result["adapter"])
+    assert policy.weights_hash() == Policy.load(base).weights_hash()
+    assert max(float(weight.detach().abs().max()) for name, weight in policy.model.named_parameters() if name.endswith(".B")) > 1e-3
+    log = log_of(tmp_path / "rl")
+    assert max(row["mismatch"] for row in log) < 1e-5
+    episodes = (tmp_path / "rl/episodes/step-000000.jsonl").read_text().splitlines()
+    assert {Record.model_validate_json(line).sampled[0].adapter for line in episodes} == {"desk"}
+
+
+def test_a_step_in_which_all_groups_agree_changes_nothing(base, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(worlds.SayEnvironment, "verify", lambda *args: Outcome(reward=1.0))
+    result = rl.run(rl.Config(out=str(tmp_path / "rl"), base=base, steps=2, minibatches=2, **FAST))
+    assert [(row["step"], row["trained_rows"], row["varied_groups"]) for row in log_of(tmp_path / "rl")] == [(2, 0, 0.0), (4, 0, 0.0)]
+    assert Policy.load(result["model"]).weights_hash() == Policy.load(base).weights_hash()
+
+
+def test_an_environment_is_named_and_has_tasks(base, monkeypatch, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="no environment 'finop'"):
+        rl.run(config(base=base, environment="finop"))
+    monkeypatch.setattr(worlds.SayEnvironment, "tasks", lambda *args: [])
+    with pytest.raises(DataError, match="no training task"):
+        rl.run(config(base=base, out=str(tmp_path / "o")))
+
+
+def test_estimate_samples_and_trains_nothing(base) -> None:
+    found = rl.estimate(rl.Config(out="o", base=base, steps=5, **FAST))
+    assert (found.rows, found.steps) == (len(WORDS), 5)
+    assert "2 tasks sampled" in found.seconds_from
+    assert found.tokens > 5 * 4 * 6  # five steps, four tasks, six episodes
