@@ -103,10 +103,21 @@ class Prober:
         prompt, whole = self.text(about, [ASK], tools, True), self.text(about, [ASK, message], tools)
         return whole[len(prompt) :] if prompt is not None and whole is not None and whole.startswith(prompt) else ""
 
-    def end_of(self, body: str) -> str | None:
-        """The last special token of a turn's text: what ends it."""
-        places = [(body.rfind(text) + len(text), text) for text in self.special if text in body]
-        return max(places)[1] if places else None
+    def end_of(self, body: str, usual: str | None = None) -> str | None:
+        """The special token that ends a turn: `usual` where the turn holds it, else what stands at the end of its text."""
+        if usual is not None and usual in body:
+            return usual
+        return max((text for text in self.special if body.rstrip().endswith(text)), key=len, default=None)
+
+    def usual_end(self, after: str) -> str | None:
+        """What ends a turn whose text is followed by `after` in the last place: the last special token that history has there too.
+
+        Phi 3.5 closes a conversation with a token behind the one that ends each turn; sampling stops at the turn's own.
+        """
+        later = (self.text("end", [ASK, ANSWER, ASK_AGAIN]) or "").partition(ANSWER.content)[2]
+        parted = next((at for at, (one, other) in enumerate(zip(after, later, strict=False)) if one != other), min(len(after), len(later)))
+        shared = after[:parted]
+        return max((each for each in self.special if each in shared), key=lambda each: (shared.rindex(each), len(each)), default=None)
 
 
 def learn(raw: Raw, added: dict[str, int], special: dict[str, int]) -> Traits:
@@ -115,6 +126,11 @@ def learn(raw: Raw, added: dict[str, int], special: dict[str, int]) -> Traits:
     can = abilities(probe)
     prompt, answered = probe.text("generation", [ASK], generation=True), probe.text("generation", [ASK, ANSWER])
     generation = prompt is not None and answered is not None and answered.startswith(prompt)
+    if not generation:
+        probe.faults.setdefault(
+            "generation",
+            f"the prompt ends in {(prompt or '')[-30:]!r}, which does not stand before the answer in {(answered or '')[-60:]!r}",
+        )
     appends, keeps = stability(probe, can)
     turns = [ANSWER] + [
         turn
@@ -122,15 +138,20 @@ def learn(raw: Raw, added: dict[str, int], special: dict[str, int]) -> Traits:
         if can[about]
     ]
     bodies = [probe.body("end", turn, [TOOL] if turn.tool_calls else []) for turn in turns]
-    ends = [probe.end_of(body) for body in bodies]
+    lead, said, after = bodies[0].partition(ANSWER.content)
+    usual = probe.usual_end(after)
+    ends = [probe.end_of(body, usual) for body in bodies]
     found = {end for end in ends if end}
     if None in ends:
         probe.faults["end"] = "an assistant turn is rendered without a special token at its end"
     elif any(sum(body.count(end) for end in found) != 1 for body in bodies):
         probe.faults["end"] = f"{sorted(found)} stand more than once in one assistant turn"
-    lead, said, _ = bodies[0].partition(ANSWER.content)
     thought = learn_thinking(probe.body("thinking", THOUGHT), "Probe thinking.", THOUGHT.content) if can["thinking"] else None
-    calls = call_syntax(probe, bodies[1], ends[1], added, beside=can["text_beside_call"]) if can["calls"] else None
+    calls = (
+        call_syntax(probe, bodies[1].removeprefix(lead if said else ""), ends[1], added, beside=can["text_beside_call"])
+        if can["calls"]
+        else None
+    )
     return Traits(
         end_ids=frozenset(special[end] for end in found), appends=appends, keeps_history=keeps, generation=generation, short_ids=probe.short_ids,
         call_syntax=calls, think_syntax=thought, lead=lead if said else "", faults=probe.faults, **can,
@@ -181,7 +202,7 @@ def call_syntax(probe: Prober, body: str, end: str | None, added: dict[str, int]
 
 def findings(traits: Traits, *, ends: Sequence[str], pad: str, pad_is_end: bool, reads_clock: bool, folds_system: bool) -> list[Finding]:
     """The contract, line by line. `unknown` marks what only matters to rows that need it; such a row is refused."""
-    some_tools = "fail" if traits.tools or traits.calls or traits.results else "unknown"
+    lost = "fail" if traits.tools else "unknown"  # told of tools, a model calls them: what it then writes must not vanish
     table = [  # (rule, kept, status otherwise, where its fault is noted, what is required)
         ("generation prompt", traits.generation, "fail", "generation", "the prompt to answer is what stands before the answer in training"),
         ("turns only append", traits.appends, "fail", "appends", "within a question, nothing before an answer changes once later turns follow"),
@@ -190,10 +211,11 @@ def findings(traits: Traits, *, ends: Sequence[str], pad: str, pad_is_end: bool,
         ("end token", bool(ends) and "end" not in traits.faults, "fail", "end", "each assistant turn ends with one special token, which is trained"),
         ("padding", not pad_is_end, "fail", "padding", "the pad token is not the end token: a mask that hides padding would hide every end"),
         ("system role", traits.system or folds_system, "unknown", "system", "the system text is rendered; else rows that have one are refused"),
-        ("tools", traits.tools, some_tools, "tools", "tool definitions are rendered; else rows that have tools are refused"),
-        ("tool calls", traits.calls, some_tools, "calls", "the name and arguments of a call are rendered"),
-        ("tool results", traits.results, some_tools, "results", "the text of a result is rendered"),
-        ("call syntax", traits.call_syntax is not None or not traits.calls, "fail", "syntax", "a sampled call can be read back: it is a JSON object with a name"),
+        ("tools", traits.tools, "unknown", "tools", "tool definitions are rendered; else rows that have tools are refused"),
+        ("tool calls", traits.calls, lost, "calls", "the name and arguments of a call are rendered"),
+        ("tool results", traits.results, lost, "results", "the text of a result is rendered"),
+        ("call syntax", traits.call_syntax is not None, "unknown", "syntax",
+         "a sampled call can be read back: it is a JSON object with a name; else nothing is sampled with tools"),
         ("parallel calls", traits.parallel, "unknown", "parallel calls", "several calls in one turn are rendered; else such rows are refused"),
         ("text beside a call", traits.text_beside_call, "unknown", "text beside a call", "text beside a call is rendered; else such rows are refused"),
         ("thinking", traits.thinking, "unknown", "thinking", "reasoning is rendered; else rows that train it are refused"),

@@ -125,7 +125,7 @@ class Template:
 
     def require(self, *, tools: bool = False) -> None:
         """Raise TemplateError with every line of the contract that fails; with `tools`, also where tools are not supported."""
-        needed = ("tools", "tool calls", "tool results") if tools else ()
+        needed = ("tools", "tool calls", "tool results", "call syntax") if tools else ()
         broken = [line for line in self.check() if line.status == "fail" or (line.rule in needed and line.status != "pass")]
         if broken:
             rules = {line.rule for line in broken}
@@ -146,7 +146,11 @@ class Template:
         return text
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[int]:
-        """The tokens that an engine is fed: the conversation and the generation prompt."""
+        """The tokens that an engine is fed: the conversation and the generation prompt. Raises TemplateError."""
+        if tools and self.traits.calls and self.traits.call_syntax is None:
+            raise TemplateError(
+                f"the calls that the template of {self.name} asks for cannot be read back", why=self.traits.faults["syntax"], do=REMEDY
+            )
         return self._encode(messages, tools, generation=True)[0]
 
     def supervise(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Supervised:
@@ -219,6 +223,7 @@ class Template:
             [number for number in token_ids if number not in dropped], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         reasoning, text = split_thinking(text, think)
+        reasoning = reasoning if reasoning and reasoning.strip() else None  # Qwen3 marks "no thinking" by an empty block
         content, found = split_calls(text.removeprefix(self.traits.lead), calls)
         return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=found)
 

@@ -194,7 +194,7 @@ def test_families_keep_the_contract(kind):
 
 
 def test_a_template_without_tools_is_refused_where_tools_are_needed():
-    with pytest.raises(TemplateError, match="tools, tool calls, tool results"):
+    with pytest.raises(TemplateError, match="tools, tool calls, tool results, call syntax"):
         template("gemma").require(tools=True)
 
 
@@ -205,8 +205,6 @@ BROKEN = {
     "generation prompt": CHATML + "{% if add_generation_prompt %}{{ '<|im_start|>answer\n' }}{% endif %}",
     "end token": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     "tool calls": "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + CHATML + PROMPT,
-    "call syntax": "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
-    "{% for c in m.tool_calls or [] %}call {{ c.function.name }} with {{ c.function.arguments.values() | list }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}" + PROMPT,
 }  # fmt: skip
 
 
@@ -217,6 +215,20 @@ def test_a_broken_template_is_refused_by_name(rule):
     with pytest.raises(TemplateError, match=rule) as caught:
         made.require()
     assert caught.value.do
+
+
+def test_calls_that_cannot_be_read_back_are_trained_but_not_sampled():
+    made = with_text(
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% for c in m.tool_calls or [] %}call {{ c.function.name }} with {{ c.function.arguments.values() | list }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}" + PROMPT
+    )
+    made.require()
+    assert "call query_budget with ['Marketing', 'Q3']<|im_end|>" in trained_text(made, *GOLDEN["tool call"])
+    with pytest.raises(TemplateError, match="call syntax"):
+        made.require(tools=True)
+    with pytest.raises(TemplateError, match="cannot be read back"):
+        made.prompt_ids([ASK], TOOLS)
 
 
 def test_a_pad_token_that_ends_turns_is_refused():
@@ -266,6 +278,7 @@ def test_a_template_that_rewrites_history_trains_the_last_question_only():
     """Qwen3's own template drops the thinking of earlier answers: training them would train what is never sampled."""
     made = template("qwen3_hub")
     thinking = ANSWER.model_copy(update={"reasoning": "Easy."})
+    assert sampled("qwen3_hub", "<think>\n\n</think>\n\nNo.<|im_end|>") == Message(role="assistant", content="No.")
     with pytest.raises(TemplateError, match=r"otherwise once later turns follow|drops a part") as caught:
         made.supervise([ASK, thinking, AGAIN, ANSWER])
     assert "qwen3.jinja" in caught.value.do or "template" in caught.value.do
@@ -277,6 +290,31 @@ def test_a_template_that_rewrites_history_trains_the_last_question_only():
     assert made.supervise(messages, TOOLS).tokens == peer(made, messages, TOOLS)[1]
     with pytest.raises(TemplateError, match="rewrites earlier turns once a new question follows"):
         made.append(made.prompt_ids([ASK]), [AGAIN])
+
+
+def test_calls_are_read_back_under_an_empty_think_block():
+    """Qwen3 marks a last turn without thinking by an empty block: that is no part of how a call is written."""
+    found = sampled("qwen3_hub", '<think>\n\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>')
+    assert found == Message(role="assistant", tool_calls=(ToolCall(name="f", arguments={"x": 1}),))
+
+
+def test_a_turn_may_close_with_two_tokens():
+    """Command R7B writes <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, in history too: the second is where sampling stops."""
+    two = CHATML.replace("'<|im_end|>\n'", "('<|im_start|>' if m.role == 'assistant' else '') + '<|im_end|>\n'")
+    made = with_text(two + PROMPT)
+    assert made._ends() == ["<|im_end|>"]
+    assert trained_text(made, [ASK, ANSWER]) == f"{ANSWER.content}<|im_start|><|im_end|>"
+
+
+def test_the_end_token_is_the_one_that_history_keeps():
+    """Phi 3.5 ends the conversation with a second token: a turn still stops at the first, and the second is not trained."""
+    made = with_text(
+        CHATML + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}",
+        eos_token="<|endoftext|>",
+    )
+    assert made._ends() == ["<|im_end|>"]
+    assert trained_text(made, [ASK, ANSWER]) == f"{ANSWER.content}<|im_end|>"
+    assert made.stop_ids == {0, 2}
 
 
 def test_mistral_moves_its_tools_to_the_last_question():
