@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from typing import Any
 
@@ -21,8 +22,13 @@ def build(data: ReportData) -> str:
     """The report as one self-contained HTML page. All text that came from a model or a user is escaped."""
     found = {name: resources.files("temper.report").joinpath(name).read_text(encoding="utf-8") for name in TEMPLATES}
     environment = Environment(loader=DictLoader(found), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"duration": duration, "whole": whole_text, "label": label, "yaml": as_yaml, "gain": gain_text}
+    environment.filters |= {"duration": duration, "whole": whole_text, "label": label, "yaml": as_yaml, "gain": gain_text, "short": short}
     return environment.get_template("page.html.j2").render(context(data))
+
+
+def short(value: Any) -> Any:
+    """A content hash as its first digits, anywhere in a text; any other value as it is."""
+    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{24,48}\b", r"\1…", value) if isinstance(value, str) else value
 
 
 def as_yaml(value: Any) -> str:

@@ -53,6 +53,7 @@ def to_svg(drawn: Figure, described: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"\sxmlns(:\w+)?=\"[^\"]*\"", "", text).replace("xlink:href", "href")
     text = re.sub(r"font: ([\d. a-z]*?)([\d.]+px)[^;\"]*", r"font: \1\2 var(--sans)", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, variable)
     mark = "f" + hash_text(described + text)[:8]

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.checkpoints import tiny_checkpoint
 
 import temper.cli as cli
 from temper.cli.data import coloured
+from tests.checkpoints import tiny_checkpoint
 
 STATED = ("--licence", "CC-BY-4.0", "--privacy", "internal", "--access", "support")
 
@@ -58,7 +58,7 @@ def test_inspect_as_json_counts_what_it_shows(temper, model, tmp_path):
     assert sum(trained for _, trained in row["pieces"]) == row["trained"] > 0
     code, out, _ = temper("data", "inspect", path, "--model", model, "--json", "--text")
     stretches = json.loads(out)[0]["pieces"]
-    assert [piece for piece, trained in stretches if trained][0].startswith("The sales ledger holds it.")
+    assert next(piece for piece, trained in stretches if trained).startswith("The sales ledger holds it.")
 
 
 def test_inspect_shows_both_sides_of_a_pair(temper, model, tmp_path):
