@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer
 
+from temper.core.records import Message, ToolSpec
 from temper.data.template import Template
 from temper.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
@@ -36,3 +37,23 @@ def test_any_text_comes_back_whole_also_after_saving(tmp_path):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
         assert again(text).input_ids == tokenizer(text).input_ids
     assert Template.of(again).fingerprint == Template.of(tokenizer).fingerprint
+
+
+def test_tools_are_signatures_one_a_line():
+    made = Template.of(train_tokenizer(TEXTS, 400))
+    properties = {
+        "account": {"type": "string"},
+        "quarter": {"type": "string", "enum": ["Q1", "Q2"]},
+        "lines": {"type": "array", "items": {"type": "number"}},
+        "note": {"type": ["string", "null"]},
+    }
+    tools = [
+        ToolSpec(name="post", parameters={"type": "object", "properties": properties, "required": ["account", "quarter"]}),
+        ToolSpec(name="ping", parameters={"type": "object"}),
+    ]
+    text = made.render([Message(role="system", content="Be brief."), Message(role="user", content="Hi")], tools, generation=True)
+    assert text == (
+        "<|im_start|>system\nBe brief.\nTools:\n"
+        'post(account: str, quarter: "Q1"|"Q2", lines?: list[float], note?: any)\nping()<|im_end|>\n'
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
