@@ -155,7 +155,6 @@ def test_text_of_models_and_users_is_escaped_everywhere(page, tags):
     text = " ".join(tags.text)
     assert text.count("<script>alert('x')</script>") >= 8  # title, question, answers, reason, lineage, note, config, slice …
     assert "{{ 7*7 }}" in text
-    assert "49" not in re.findall(r"\{\{.*?\}\}|\b49\b(?=\s*$)", text)
 
 
 def test_absent_is_said_and_never_zero(page):
