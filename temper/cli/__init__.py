@@ -12,6 +12,7 @@ from temper.cli import config, data, judge, release, run, serving, template
 
 INTERRUPTED = 130
 INTERRUPT_HINT = "interrupted: the same command goes on from the last checkpoint"
+UNTIL_STOPPED = ("serve", "chat")  # commands that end by being interrupted
 
 app = typer.Typer(
     name="temper",
@@ -36,14 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     A programming error keeps its traceback.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    hint = "stopped" if given[:1] and given[0] in UNTIL_STOPPED else INTERRUPT_HINT
     try:
-        app(list(arguments) if arguments is not None else None)
+        app(given)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            print(INTERRUPT_HINT, file=sys.stderr)
+            print(hint, file=sys.stderr)
         raise
     except KeyboardInterrupt:
-        print(INTERRUPT_HINT, file=sys.stderr)
+        print(hint, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
         told = explain(error)

@@ -30,7 +30,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, header_style="dim")
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", show_header=any(columns), pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -38,6 +38,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
+    if title:
+        console.print(Text(title, style="bold"))
     console.print(table)
 
 
@@ -82,8 +84,10 @@ def print_plan(title: str, plan: dict[str, Any]) -> None:
     for name, part in plan.items():
         if name == "steps":
             print_table("steps", ("phase", "stage", "config", "writes", *ESTIMATED), [step_row(step) for step in part])
+            if any(isinstance(step.get("estimate"), str) for step in part):
+                print("later: it reads what an earlier step makes, so it can be estimated once that is there")
         elif name != "config":
-            print_facts(name, part if isinstance(part, dict) else {name: part})
+            print_facts(name, part if isinstance(part, dict) else {"": part})
 
 
 ESTIMATED = ("rows", "tokens", "steps", "memory MB", "seconds")
@@ -93,6 +97,6 @@ def step_row(step: dict[str, Any]) -> tuple[Any, ...]:
     """One step of a plan: what it is, and what it is estimated to cost."""
     cost, named = step.get("estimate"), (step["phase"], step["stage"], step["config"], step["out"])
     if not isinstance(cost, dict):
-        return (*named, *([None] * (len(ESTIMATED) - 1)), cost)
+        return (*named, *[None] * (len(ESTIMATED) - 1), "later" if cost else None)
     memory = sum(cost.get(part) or 0 for part in ("weights_mb", "optimizer_mb"))
     return (*named, cost.get("rows"), cost.get("tokens"), cost.get("steps"), memory or None, cost.get("seconds"))
