@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoints import tiny_checkpoint
 
 from temper.policy.model import Policy
+from tests.checkpoints import tiny_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-from tests.checkpoints import FAMILIES
 
 from temper.core.errors import ConfigError, DataError
 from temper.data.batch import collate
@@ -14,6 +13,7 @@ from temper.data.sequence import Sequence
 from temper.policy.adapters import LoraConfig
 from temper.rollout.engine import Engine, Request, Stats
 from temper.rollout.grammar import Grammar
+from tests.checkpoints import FAMILIES
 
 CLOSE = 1e-5
 NEVER_STOP: frozenset[int] = frozenset()
