@@ -10,12 +10,11 @@ import random
 from collections.abc import Callable, Iterator
 
 from temper.core.hashing import stream_seed
-from temper.environments.finops.names import CASH_ACCOUNTS, DEPARTMENTS, PARTNER_HEADS, PARTNER_TAILS, QUARTERS, REGIONS
+from temper.environments.finops.names import CASH_ACCOUNTS, DEPARTMENTS, PARTNER_HEADS, PARTNER_TAILS, QUARTERS, REGIONS, SYLLABLES
 from temper.environments.finops.policies import RULES
 from temper.environments.finops.wording import ASKS, FOLLOWUPS, RISKS, SOFT_REFUSALS
 from temper.environments.finops.world import KINDS, TIMING, draw_amount, draw_date
 
-SYLLABLES = ["al", "an", "ar", "bel", "bor", "cal", "dan", "del", "dor", "el", "en", "fal", "far", "gar", "hal", "hol", "il", "jor", "kal", "kar", "lan", "lem", "lor", "mar", "mel", "mor", "nal", "nor", "os", "par", "pel", "ral", "ren", "ros", "sal", "sel", "sor", "tan", "tor", "ul", "val", "ven", "vor", "wel", "win", "yor", "zan"]  # fmt: skip
 EVERY = {
     "departments": [name for names in DEPARTMENTS.values() for name in names],
     "regions": [name for names in REGIONS.values() for name in names],

@@ -12,7 +12,7 @@ from temper.environments.finops.tasks import SLICES, make_task
 from temper.environments.finops.world import Company, make_company
 from temper.rollout.environment import Task
 
-COMPANIES: dict[Split, int] = {"train": 120, "dev": 30, "test": 30}
+COMPANIES: dict[Split, int] = {"train": 240, "dev": 30, "test": 30}
 
 
 @cache

@@ -361,7 +361,7 @@ def dress(draft: Draft, rng: random.Random, company: Company, slice_: str, *, st
     names = list(needed)
     if slice_ != "json_summary":
         spare = [name for name in READING if name not in needed]
-        names += rng.sample(spare, max(0, min(len(spare), 4 - len(names))))
+        names += rng.sample(spare, max(0, min(len(spare), 3 - len(names))))
     rng.shuffle(names)
     final = in_style(draft, company.tenant) if styled and slice_ in STYLED else draft.final
     expected = [{"name": item.name, "arguments": item.arguments} for calls in draft.rounds for item in calls]

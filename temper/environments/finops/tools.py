@@ -10,12 +10,12 @@ from functools import lru_cache
 from typing import Any
 
 from temper.core.records import ToolSpec
-from temper.environments.finops.names import QUARTERS
 from temper.environments.finops.policies import TENANT_RULES, Policy, transfer_limit
 from temper.environments.finops.world import Company
 from temper.rollout.retrieval import Index
 
 TEXT = {"type": "string"}
+QUARTER = {"type": "string", "pattern": "^Q[1-4]$"}
 AMOUNTS = {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1}
 
 
@@ -28,9 +28,9 @@ def spec(name: str, description: str, required: dict[str, Any], optional: dict[s
 SPECS = {
     item.name: item
     for item in (
-        spec("query_budget", "Budget of a department in a quarter, USD.", {"department": TEXT, "quarter": {"enum": list(QUARTERS)}}),
+        spec("query_budget", "Budget of a department in a quarter, USD.", {"department": TEXT, "quarter": QUARTER}),
         spec("query_spend", "Spend of a department in a quarter, USD; of one region where given.",
-             {"department": TEXT, "quarter": {"enum": list(QUARTERS)}}, {"region": TEXT}),
+             {"department": TEXT, "quarter": QUARTER}, {"region": TEXT}),
         spec("get_balance", "Bank and ledger balance of a cash account, USD.", {"account": TEXT}),
         spec("list_unmatched", "Items of a cash account that bank and ledger do not share.", {"account": TEXT}),
         spec("list_payables", "Unpaid invoices of a vendor.", {"vendor": TEXT}),
