@@ -9,9 +9,13 @@ from typing import Any
 from temper.core.records import Noun
 from temper.core.reports import Report
 
-LINE = 64  # characters: longer JSON is broken into lines
-LONG = 700  # characters: a longer tool result or system prompt is folded away
+LINE = 72  # characters: longer JSON is broken into lines
+LONG = 700  # characters: a longer tool result is folded away
+SHORT = 160  # characters: longer instructions are folded away
 STILL_FAILING = 2
+GOOD_IF_TRUE = (
+    "_success", "_valid", "_ok", "_complete", "_correct", "_right", "_present", "_followed", "_offered", "_supported", "_matches", "_balanced", "_zero",
+)  # fmt: skip
 FINDING_ORDER = ("task_success", "policy_violation")
 
 
@@ -121,7 +125,7 @@ def side(item: Mapping[str, Any], start: int) -> Side:
 def finding(name: str, found: bool) -> Finding:
     """A finding with its tone; only findings that are good or bad by themselves get one."""
     tone = "plain"
-    if name == "task_success" or name.endswith(("_valid", "_ok", "_complete", "_correct", "_present", "_followed", "_offered")):
+    if name.endswith(GOOD_IF_TRUE):
         tone = "good" if found else "bad"
     elif name.endswith("violation"):
         tone = "bad" if found else "good"
@@ -137,7 +141,7 @@ def turn(message: Mapping[str, Any]) -> Turn:
     if role == "tool":
         parts.append(Part(kind="result", text=pretty(content), name=message.get("name") or "", folded=len(content) > LONG))
     elif content:
-        parts.append(Part(kind="text", text=content, folded=role == "system" or len(content) > 3 * LONG))
+        parts.append(Part(kind="text", text=content, folded=len(content) > (SHORT if role == "system" else 3 * LONG)))
     for call in message.get("tool_calls") or ():
         spoken = call.get("function", call)
         parts.append(Part(kind="call", text=pretty(spoken.get("arguments", "")), name=str(spoken.get("name", ""))))
