@@ -46,6 +46,7 @@ $(BIN)/python:
 
 # torch comes first and alone, so that the build that was asked for is the one that the rest finds.
 $(VENV)/.installed-demo: constraints.txt pyproject.toml | $(BIN)/python
+	@echo "installing $(TORCH), then the rest of constraints.txt, into $(VENV): once, a few minutes"
 	$(PIP) $(TORCH_ARGS) "$(TORCH)"
 	$(PIP) -e ".[demo]"
 	@touch $@
