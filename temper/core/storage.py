@@ -19,6 +19,8 @@ from temper.core.hashing import canonical_json, hash_folder, hash_value
 
 FILES = "FILES.json"  # the last file written into a folder: the hash of every other one
 
+FULL = "No space left on device"  # how libraries with exceptions of their own (safetensors) put ENOSPC
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -27,15 +29,16 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk into a StorageError that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and FULL in str(error)):
             free = shutil.disk_usage(path.parent if path.parent.exists() else Path("/")).free
             raise StorageError(
                 f"no space left while writing {path}",
                 why=f"{free} bytes are free",
                 do="free some space and run the same command again; it goes on from the last checkpoint",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StorageError(f"cannot write {path}", why=str(error), do="choose a folder that you may write to") from error
         raise
 

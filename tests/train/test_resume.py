@@ -131,3 +131,26 @@ def test_a_torn_checkpoint_is_passed_over(base, tmp_path, monkeypatch, capsys) -
     assert "going on from step 3 of 6" in said
 
 
+
+
+def test_a_full_disk_leaves_nothing_half_written(base, tmp_path, monkeypatch) -> None:
+    """safetensors reports a full disk with an exception of its own; the user is told what to do, and it goes on from there."""
+    from safetensors import SafetensorError
+
+    from temper.core.errors import StorageError
+    from temper.train import learner
+
+    cfg = preference.Config(out=str(tmp_path / "out"), base=base, data=manifest(tmp_path / "pairs", pairs(24)), pairs_per_step=4, **SMALL)
+
+    def full(tensors, path) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    save_file = learner.save_file
+    monkeypatch.setattr(learner, "save_file", full)
+    with pytest.raises(StorageError, match="no space left") as told:
+        preference.run(cfg)
+    assert "goes on from the last checkpoint" in told.value.do
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == []
+    monkeypatch.setattr(learner, "save_file", save_file)
+    assert preference.run(cfg)["steps"] == 6
