@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -111,6 +112,21 @@ def test_sampler_and_learner_agree_and_ratio_is_one_before_the_update(base) -> N
     capped = policy_loss(policy, None, cfg.model_copy(update={"tis_cap": 2.0}))(batch)
     assert float(capped.total.detach()) == pytest.approx(float(out.total.detach()), abs=1e-4)
     assert loss_weight(batch) == pytest.approx(len(batch.tokens_B_T))
+
+
+def test_under_a_grammar_the_learner_scores_the_distribution_that_was_sampled(base) -> None:
+    """The support travels with the row: with it sampler and learner agree; without it the ratio would be one of masses."""
+    policy, cfg = Policy.load(base, precision="float32"), config(constrained=True)
+    schema = {"type": "object", "properties": {"word": {"enum": list(WORDS)}}, "required": ["word"], "additionalProperties": False}
+    tasks = [task.model_copy(update={"response_schema": schema, "max_tokens": 24}) for task in SayEnvironment().tasks("train")[:3]]
+    groups = collect(Engine(policy), SayEnvironment(), tasks, group=3, temperature=1.0, seed=1, constrained=True)
+    ranked = [[record.model_copy(update={"outcome": Outcome(reward=float(place))}) for place, record in enumerate(group)] for group in groups]
+    batch = collate(credited(ranked, cfg), policy.template.pad_id)
+    assert batch.support is not None
+    out = policy_loss(policy, None, cfg)(batch)
+    assert float(out.sums["mismatch"] / out.count) < 1e-5
+    free = policy_loss(policy, None, cfg)(dataclasses.replace(batch, support=None))
+    assert float(free.sums["mismatch"] / free.count) > 1.0
 
 
 @pytest.mark.parametrize("keys", [{}, {"advantage": "rloo", "aggregation": "constant", "max_tokens": 16}])
