@@ -22,10 +22,12 @@ from temper.data.batch import Batch
 from temper.data.template import Template
 from temper.policy import adapters, peft_format
 from temper.policy.adapters import LoraConfig, Merge, Router
-from temper.policy.hardware import Precision, choose_device, choose_precision
+from temper.policy.hardware import Precision, choose_device, choose_precision, keep_freed_memory
 from temper.policy.head import Divergence, Head, cross_entropy, divergence, token_values
 from temper.policy.inputs import attention_inputs, scatter, support_of
+from temper.policy.lean import Lean
 from temper.policy.losses import LossOut
+from temper.policy.products import prefer_onednn
 
 log = logging.getLogger("temper.policy")
 IDENTITY = "temper.json"  # beside the weights: their hash and the template's fingerprint
@@ -52,8 +54,11 @@ class Policy:
     ) -> None:
         self.model, self.tokenizer, self.compute_dtype, self.path = model, tokenizer, compute_dtype, path
         self.version = 0
+        prefer_onednn()
+        keep_freed_memory()
         self.router = Router()
         self._merge: Merge | None = None
+        self.lean = Lean(model, model.get_decoder())
         self.check_head()
 
     @classmethod
@@ -129,7 +134,7 @@ class Policy:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """The last hidden state of every position, after the final norm; each row through its own adapter."""
-        with self.use(batch.adapters), self.computing():
+        with self.use(batch.adapters), self.computing(), self.lean.forward(self.compute_dtype):
             return self.model.get_decoder()(input_ids=batch.tokens_B_T, use_cache=False, **attention_inputs(batch)).last_hidden_state
 
     def supervised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,6 +318,7 @@ class Policy:
         clone = copy.copy(self)
         clone.model, clone.router = copy.deepcopy((self.model, self.router))
         clone.model.eval().requires_grad_(False)
+        clone.lean = Lean(clone.model, clone.model.get_decoder())
         return clone
 
 

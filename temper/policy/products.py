@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ROUNDING = 1e-5  # relative: float32 stays below it, bfloat16 far above
 SMALLEST = 1 << 20  # multiply-adds: below this the reordering of operands costs more than it saves
 
 
@@ -22,6 +24,30 @@ def onednn_is_faster() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     amd = cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
     return amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def prefer_onednn() -> bool:
+    """Send this process's float32 products, batched ones and backwards included, to oneDNN where it is faster.
+
+    PyTorch has one switch that does so: it allows oneDNN bfloat16 inside float32 products. The processors in question
+    have no such kernel and multiply in float32; where trying it shows otherwise, the switch is put back.
+    """
+    if not onednn_is_faster():
+        return False
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:
+        return False
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    left = torch.linspace(-1, 1, 256 * 256).view(256, 256)
+    exact = left.double() @ left.double().T
+    kept = all(
+        float((found - exact).abs().max() / exact.abs().max()) < ROUNDING
+        for found in (left @ left.T, torch.bmm(left[None], left.T[None])[0])
+    )
+    if not kept:
+        matmul.fp32_precision = before
+    return kept
 
 
 def times_transposed(left_N_K: Tensor, right_M_K: Tensor) -> Tensor:

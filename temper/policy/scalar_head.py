@@ -17,6 +17,7 @@ from temper.data.batch import Batch, collate
 from temper.data.sequence import Sequence as Row
 from temper.data.template import Template
 from temper.policy.hardware import Precision
+from temper.policy.lean import Lean
 from temper.policy.model import Policy, filled, hash_weights
 
 WEIGHTS = "scalar_head.safetensors"
@@ -40,6 +41,7 @@ class RewardModel:
         self.policy = copy.copy(policy)
         self.policy.model, self.policy.router = copy.deepcopy((policy.model, policy.router))
         self.policy.model.requires_grad_(False)
+        self.policy.lean = Lean(self.policy.model, self.policy.model.get_decoder())
         self.model = ScalarModel(self.policy.model.get_decoder().requires_grad_(True), self.policy.model.config)
         self.model.train(policy.model.training)
         self.version = 0

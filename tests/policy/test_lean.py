@@ -1,0 +1,124 @@
+"""The lean forward against transformers' own: same scores, same gradients, no worse in bfloat16, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from policy_doubles import CONFIGS, make_batch, tiny_policy
+from torch.nn import functional as F
+
+from temper.policy import attention, lean
+from temper.policy.products import prefer_onednn, times_transposed
+
+LENGTHS = [130, 70, 33]
+
+
+def setting(seed: int, rows: int, heads: int, key_heads: int, positions: int, size: int):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((rows, positions, heads, size), (rows, positions, key_heads, size), (rows, positions, key_heads, size))
+    return [torch.randn(shape, generator=generator).transpose(1, 2) for shape in shapes], torch.randn(shapes[0], generator=generator)
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "positions"), [(4, 2, 150), (4, 4, 64), (6, 1, 65), (2, 2, 1), (8, 2, 7)])
+@pytest.mark.parametrize("keep", [True, False])
+def test_blocks_attend_like_the_whole(heads, key_heads, positions, keep, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_SCORES", 4096)  # several rows of blocks
+    monkeypatch.setattr(attention, "KEEP_BYTES", attention.KEEP_BYTES if keep else 0)
+    inputs, grad = setting(0, 3, heads, key_heads, positions, 8)
+    found_in, exact_in = [[item.detach().clone().to(dtype).requires_grad_() for item in inputs] for dtype in (torch.float32, torch.float64)]
+    found, _ = attention.attention(torch.nn.Module(), *found_in, None, scaling=0.3)
+    exact = F.scaled_dot_product_attention(*exact_in, is_causal=True, enable_gqa=True, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-5)
+    found.backward(grad)
+    exact.backward(grad.double())
+    for one, other in zip(found_in, exact_in, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_more_than_causal_goes_to_transformers_own():
+    (query, key, value), _ = setting(1, 2, 4, 2, 9, 8)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril().triu(-2)  # a window of three
+    found, _ = attention.attention(module, query, key, value, mask, scaling=0.3)
+    wide = [item.repeat_interleave(2, 1) for item in (key, value)]
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(query, *wide, attn_mask=mask, scale=0.3).transpose(1, 2))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_norm_of_every_family_is_recognised(family):
+    policy = tiny_policy(family)
+    norms = {path for path, module in policy.model.named_modules() if type(module).__name__.endswith("RMSNorm")}
+    assert len(policy.lean.norms) == len(norms) > 0
+    assert {offset for _, _, offset, _ in policy.lean.norms} == ({1.0} if family.startswith("gemma") else {0.0})
+
+
+def test_a_norm_of_another_formula_is_left_alone():
+    class OddRMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.rand(8)), 1e-6
+
+        def forward(self, x):
+            return x / x.abs().mean(-1, keepdim=True) * self.weight
+
+    module = OddRMSNorm()
+    assert lean.formula(module, module.weight, module.eps) is None
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_scores_and_gradients_are_those_of_the_stock_forward(family, monkeypatch):
+    found = run(tiny_policy(family))
+    stock = tiny_policy(family)
+    stock.lean.norms, stock.lean.config = [], None
+    expected = run(stock)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5 * float(value.abs().max()) + 1e-7, msg=name)
+
+
+def test_in_bfloat16_it_is_no_further_from_float32_than_the_stock_forward():
+    exact, rounded, stock = tiny_policy(), tiny_policy(compute_dtype=torch.bfloat16), tiny_policy(compute_dtype=torch.bfloat16)
+    stock.lean.norms, stock.lean.config = [], None
+    of_exact, of_rounded, of_stock = (run(policy) for policy in (exact, rounded, stock))
+
+    def distance(values):
+        return sum(float((values[name] - of_exact[name]).norm() / of_exact[name].norm()) for name in of_exact) / len(of_exact)
+
+    assert 0 < distance(of_rounded) < 1.2 * distance(of_stock)
+
+
+def run(policy) -> dict[str, torch.Tensor]:
+    """The log-probs and all gradients of one batch."""
+    scores = policy.token_logprobs(make_batch(LENGTHS))
+    (-scores.logprobs_B_T.sum()).backward()
+    return {"logprobs": scores.logprobs_B_T.detach()} | {name: weight.grad for name, weight in policy.model.named_parameters()}
+
+
+def test_the_model_is_left_as_it_was_even_after_an_error():
+    policy = tiny_policy()
+    batch = make_batch([9])
+    batch.tokens_B_T[0, 0] = 10_000  # outside the embedding
+    with pytest.raises(IndexError):
+        policy.token_logprobs(batch)
+    assert policy.model.config._attn_implementation == "sdpa"
+    assert not any("forward" in module.__dict__ for module in policy.model.modules())
+
+
+def test_a_reference_runs_on_its_own_norms():
+    policy, batch = tiny_policy(), make_batch([9])
+    reference, before = policy.clone_reference(), policy.token_logprobs(batch).logprobs_B_T
+    with torch.no_grad():
+        policy.model.model.norm.weight.mul_(3.0)
+    assert torch.equal(reference.token_logprobs(batch).logprobs_B_T, before)
+
+
+def test_float32_products_stay_float32_whichever_library_multiplies():
+    prefer_onednn()
+    left, right = (
+        torch.randn(300, 200, generator=torch.Generator().manual_seed(0)),
+        torch.randn(100, 200, generator=torch.Generator().manual_seed(1)),
+    )
+    exact = left.double() @ right.double().T
+    for found in (times_transposed(left, right), left @ right.T, F.linear(left, right), torch.bmm(left[None], right.T[None])[0]):
+        assert float((found - exact).abs().max() / exact.abs().max()) < 1e-6
