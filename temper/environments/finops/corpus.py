@@ -10,7 +10,18 @@ import random
 from collections.abc import Callable, Iterator
 
 from temper.core.hashing import stream_seed
-from temper.environments.finops.names import CASH_ACCOUNTS, DEPARTMENTS, PARTNER_HEADS, PARTNER_TAILS, QUARTERS, REGIONS, SYLLABLES
+from temper.environments.finops.names import (
+    CASH_ACCOUNTS,
+    DEPARTMENTS,
+    DIRECTIONS,
+    MORE_DEPARTMENTS,
+    PARTNER_HEADS,
+    PARTNER_TAILS,
+    PLACES,
+    QUARTERS,
+    REGIONS,
+    SYLLABLES,
+)
 from temper.environments.finops.policies import RULES
 from temper.environments.finops.wording import ASKS, FOLLOWUPS, RISKS, SOFT_REFUSALS
 from temper.environments.finops.world import KINDS, TIMING, draw_amount, draw_date
@@ -182,15 +193,77 @@ def reading(rng: random.Random) -> str:
     return f"Text: {fact}\n" + "\n".join(f"Question: {question}\nAnswer: {answer}." for question, answer in questions)
 
 
+def anyone(rng: random.Random) -> str:
+    """A partner, department, region, account, code or amount: something to be copied exactly."""
+    return rng.choice((
+        partner(rng), partner(rng), rng.choice((*EVERY["departments"], *MORE_DEPARTMENTS)), rng.choice((*EVERY["regions"], *EVERY["accounts"])),
+        f"{rng.choice(DIRECTIONS)} {rng.choice(PLACES)}", f"INV-{rng.randint(1000, 9999)}", str(draw_amount(rng)), draw_date(rng),
+    ))  # fmt: skip
+
+
+def copybook(rng: random.Random) -> str:
+    """A list, and the same list again."""
+    items = [anyone(rng) for _ in range(rng.randint(5, 12))]
+    mark = rng.choice((", ", "; ", "\n", " | ", " - "))
+    return f"First copy: {mark.join(items)}\nSecond copy: {mark.join(items)}"
+
+
+def register(rng: random.Random) -> str:
+    """Pairs, then the same pairs in another order."""
+    rows = [(anyone(rng), anyone(rng)) for _ in range(rng.randint(3, 6))]
+    again = rng.sample(rows, len(rows))
+    return "Register\n" + "\n".join(f"{a}: {b}" for a, b in rows) + "\nSorted\n" + "\n".join(f"{a}: {b}" for a, b in again)
+
+
+def request_slip(rng: random.Random) -> str:
+    """Requests as they come in, each with the slip that a clerk fills from it."""
+    slips = []
+    for _ in range(rng.randint(2, 4)):
+        s = slots(rng) | {"d": rng.choice((*EVERY["departments"], *MORE_DEPARTMENTS)), "x": rng.randint(2, 999) * 100}
+        if rng.random() < 0.5:
+            s["r"] = f"{rng.choice(DIRECTIONS)} {rng.choice(PLACES)}"
+        intent = rng.choice(list(ASKS))
+        phrase = rng.choice(ASKS[intent]["train"])
+        names = {"d": "department", "q": "quarter", "r": "region", "a": "account", "v": "vendor", "x": "amount", "t": "topic", "p": "approval"}
+        used = [key for key in names if f"{{{key}}}" in phrase]
+        rng.shuffle(used)
+        slips.append(f"Request: {phrase.format(**s)}\nSlip: " + "; ".join(f"{names[key]} {s[key]}" for key in used) + ".")
+    return "\n".join(slips)
+
+
+def fact_slip(rng: random.Random) -> str:
+    """Facts in a sentence, and the slip that lists them in the order asked for."""
+    slips = []
+    for _ in range(rng.randint(1, 3)):
+        d, q, a, v, x, y = rng.choice((*EVERY["departments"], *MORE_DEPARTMENTS)), rng.choice(QUARTERS), rng.choice(EVERY["accounts"]), partner(rng), draw_amount(rng), draw_amount(rng)
+        number, due, status = f"INV-{rng.randint(1000, 9999)}", draw_date(rng), rng.choice(("open", "paid", "overdue"))
+        sentence, facts = rng.choice((
+            (f"Invoice {number} from {v} for {x} USD is due on {due} and is {status}.", {"vendor": v, "invoice": number, "amount": x, "due": due, "status": status}),
+            (f"{v} sent {number}: {x} USD, due {due}, {status}.", {"vendor": v, "invoice": number, "amount": x, "due": due, "status": status}),
+            (f"In {q} {d} had {x} USD and spent {y} USD.", {"department": d, "quarter": q, "budget": x, "spent": y}),
+            (f"{v} has to pay {x} USD until {due}.", {"customer": v, "amount": x, "due": due}),
+            (f"The {a} account shows {x} USD at the end of {q}.", {"account": a, "balance": x, "quarter": q}),
+        ))  # fmt: skip
+        keys = rng.sample(list(facts), len(facts))
+        slips.append(f"{sentence}\nKeys: {', '.join(keys)}\nSlip: " + "; ".join(f"{key} {facts[key]}" for key in keys) + ".")
+    return "\n".join(slips)
+
+
 WRITERS: dict[str, tuple[Writer, int]] = {  # document kind: (writer, weight)
     "invoice_letter": (invoice_letter, 3), "budget_table": (budget_table, 3), "regional_note": (regional_note, 2), "handbook": (handbook, 2),
     "month_end": (month_end, 2), "journal": (journal, 1), "directory": (directory, 3), "transcript": (transcript, 2), "reading": (reading, 3),
 }  # fmt: skip
 
 
-def documents(seed: int, count: int) -> Iterator[str]:
+# The second part of pretraining: half of it is practice in copying, which a small model does not pick up by itself.
+COPYING: dict[str, tuple[Writer, int]] = WRITERS | {
+    "copybook": (copybook, 6), "register": (register, 5), "request_slip": (request_slip, 8), "fact_slip": (fact_slip, 6),
+}  # fmt: skip
+
+
+def documents(seed: int, count: int, writers: dict[str, tuple[Writer, int]] = WRITERS) -> Iterator[str]:
     """`count` documents, each from its own stream: document i is the same whatever `count` is."""
-    kinds = [name for name, (_, weight) in WRITERS.items() for _ in range(weight)]
+    kinds = [name for name, (_, weight) in writers.items() for _ in range(weight)]
     for index in range(count):
         rng = random.Random(stream_seed(seed, "corpus", index))
-        yield WRITERS[rng.choice(kinds)][0](rng)
+        yield writers[rng.choice(kinds)][0](rng)
