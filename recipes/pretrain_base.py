@@ -50,7 +50,7 @@ class Part:
 
 PARTS = (  # the domain's text; then the same with much practice in copying, in small batches
     Part(WRITERS, 120_000, 24, 256, 1600, 2e-3, 0.25),
-    Part(COPYING, 80_000, 24, 128, 2600, 1.5e-3, 0.1),
+    Part(COPYING, 40_000, 24, 128, 1700, 1.5e-3, 0.1),
 )
 
 

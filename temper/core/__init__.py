@@ -1,0 +1,1 @@
+"""Nouns, config, storage, statistics and errors that every room shares."""

@@ -43,10 +43,8 @@ def changes(
             continue
         first, second = (ours, theirs) if ours.better == "higher" else (theirs, ours)
         paired = contrast(first.cases, second.cases, merge_clusters(first.clusters, second.clusters), level=1 - alpha / len(metrics))
-        if paired.low is None or paired.high is None:
-            status = "unknown"
-        else:
-            status = "better" if paired.low > 0 else "worse" if paired.high < -allowed else "unchanged"
+        unknown = paired.low is None or paired.high is None
+        status = "unknown" if unknown else "better" if paired.low > 0 else "worse" if paired.high < -allowed else "unchanged"
         found.append(
             Change(
                 metric=metric,

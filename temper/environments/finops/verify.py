@@ -196,7 +196,7 @@ def check_discrepancy(task: Task, final: str, calls: list[ToolCall], session: Le
     checks["amount_matches"] = len(posted) == 1 and all(sum(side.values()) == answer["amount"] for side in posted[0])
     checks["discrepancy_zero"] = session.difference(a) - answer["timing"] == 0
     checks["accounts_right"] = posted == [(answer["debits"], answer["credits"])]
-    before = [call for call in calls[: next((i for i, call in enumerate(calls) if call.name == "post_journal_entry"), len(calls))]]
+    before = calls[: next((i for i, call in enumerate(calls) if call.name == "post_journal_entry"), len(calls))]
     looked = {call.name for call in before if call.arguments == {"account": a}}
     checks["procedure_followed"] = {"get_balance", "list_unmatched"} <= looked and len(sides) == 1
     well_formed = checks["entry_balanced"] and checks["amount_matches"] and checks["procedure_followed"]
