@@ -22,6 +22,7 @@ from temper.pipeline.summary import build_report, diagnose_phase
 from temper.train import load_stage
 
 console = Console(stderr=True)
+TABLE_WIDTH = 132  # where no terminal says how wide it is
 SHOWN = (  # the columns of the closing table
     ("schema", "instruction.schema_validity"), ("tool prec.", "tools.precision"), ("tool recall", "tools.recall"), ("supported", "grounding.supported_claim_rate"),
     ("refusal rec.", "safety.refusal_recall"), ("over-refusal", "safety.over_refusal"), ("discrepancies", "reasoning.discrepancy_solved"), ("task success", "instruction.task_success"),
@@ -145,12 +146,13 @@ def plan(cfg: PipelineConfig, path: Path) -> dict[str, Any]:
 def print_table(cfg: PipelineConfig, reports: dict[str, Report], outcome: dict[str, Any]) -> None:
     """The closing table: a row a phase, and the verdict."""
     table = Table(title=cfg.title)
-    table.add_column("phase")
+    table.add_column("phase", no_wrap=True)
     for heading, _ in SHOWN:
         table.add_column(heading, justify="right")
     rows = list(reports.items()) + [(f"{name} (sealed)", report) for name, report in outcome["sealed"].items()]
     for name, report in rows:
         measures = [report.measure(metric) for _, metric in SHOWN]
         table.add_row(name, *("–" if item is None or item.value is None else f"{item.value:.2f}" for item in measures))
-    Console().print(table)
-    Console().print(f"gate: {outcome['verdict'].decision}   report: {cfg.report}")
+    wide = Console(width=None if console.is_terminal else TABLE_WIDTH)
+    wide.print(table)
+    wide.print(f"gate: {outcome['verdict'].decision}   report: {cfg.report}")
