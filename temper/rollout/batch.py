@@ -14,6 +14,7 @@ from torch import Tensor
 
 from temper.core.records import Sampled
 from temper.rollout.cache import Writing
+from temper.rollout.products import FEW_TOKENS, tiny_products
 from temper.rollout.rows import WORTH_SHARING, Request, Row, heads_first, passes
 from temper.rollout.sampling import Settings, choose
 
@@ -202,6 +203,12 @@ class Batch:
 
     def forward(self, ids_R_T: Tensor, positions_R_T: Tensor, writing: Writing, *, logits: bool) -> Tensor:
         """One pass over the model: the logits of the last position, or nothing worth having where only keys are wanted."""
+        if ids_R_T.numel() < FEW_TOKENS or (logits and self.engine.lean is None):
+            with tiny_products():
+                return self._forward(ids_R_T, positions_R_T, writing, logits=logits)
+        return self._forward(ids_R_T, positions_R_T, writing, logits=logits)
+
+    def _forward(self, ids_R_T: Tensor, positions_R_T: Tensor, writing: Writing, *, logits: bool) -> Tensor:
         device, model, lean = self.policy.device, self.policy.model, self.engine.lean
         ids_R_T, positions_R_T = ids_R_T.to(device), positions_R_T.to(device)
         if lean is not None:

@@ -22,7 +22,6 @@ from temper.rollout.batch import Batch
 from temper.rollout.cache import SlotCache
 from temper.rollout.grammar import Grammar, Grammars
 from temper.rollout.lean import LeanDecoder
-from temper.rollout.linears import fast_linears
 from temper.rollout.masks import Masks
 from temper.rollout.rows import Request, Residents, Row
 
@@ -141,7 +140,6 @@ class Engine:
         training = self.policy.model.training
         self.policy.model.eval()
         try:
-            with fast_linears(self.policy.model):
-                yield
+            yield
         finally:
             self.policy.model.train(training)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from temper.rollout.cache import SlotCache, Writing
-from temper.rollout.linears import fast_linears
 from temper.rollout.masks import Masks
+from temper.rollout.products import tiny_products
 
 AGREES = 1e-4  # of the largest hidden value: float32 sums in another order stay far below it
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -48,7 +48,7 @@ class LeanDecoder:
         positions_2_T = torch.arange(8, device=device).expand(2, 8)
         cache = SlotCache()
         cache.reserve(2, 8)
-        with torch.no_grad(), fast_linears(self.decoder):
+        with torch.no_grad():
             wanted = self.decoder(input_ids=ids_2_T, use_cache=False).last_hidden_state
             first = Writing(2, positions_2_T[:, :7], 7, torch.arange(2, device=device), fresh=True)
             found = [self(ids_2_T[:, :7], positions_2_T[:, :7], first, cache)]
@@ -88,11 +88,12 @@ class LeanDecoder:
         query = both[:, :heads]
         if length == 1:  # the queries of a group stand where positions do, so keys are not repeated
             query = query.reshape(rows, keys.shape[1], -1, size)
-            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=attention.scaling)
+            with tiny_products():
+                out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=attention.scaling)
             return attention.o_proj(out.reshape(rows, 1, -1))
-        out = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, scale=attention.scaling, is_causal=mask is None, enable_gqa=True
-        )
+        how = {"attn_mask": mask, "is_causal": mask is None, "scale": attention.scaling, "enable_gqa": True}
+        with tiny_products():
+            out = F.scaled_dot_product_attention(query, keys, values, **how)
         return attention.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
 
 
