@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -219,8 +219,9 @@ class Batch:
             "input_ids": ids_R_T, "position_ids": positions_R_T, "past_key_values": self.cache, "use_cache": True,
             "attention_mask": self.engine.masks(positions_R_T, writing.reach, fresh=writing.fresh, dtype=model.dtype),
         }  # fmt: skip
-        try:
-            return model(**inputs).logits[:, -1] if logits else model.get_decoder()(**inputs).last_hidden_state
+        try:  # on a CPU everything is float32: decoding is bound by memory, and the learner's figures are met to 1e-5
+            with self.policy.computing() if device.type != "cpu" else nullcontext():
+                return model(**inputs).logits[:, -1] if logits else model.get_decoder()(**inputs).last_hidden_state
         finally:
             self.cache.writing = None
 

@@ -36,8 +36,9 @@ class LeanDecoder:
     def of(cls, model: PreTrainedModel, masks: Masks) -> LeanDecoder | None:
         """The lean decoder of `model` where it has the shape and the probe agrees; None elsewhere."""
         decoder: Any = model.get_decoder()
-        if masks.implementation != "sdpa" or not _has_shape(decoder):
-            return None
+        weight = model.get_input_embeddings().weight
+        if masks.implementation != "sdpa" or weight.device.type != "cpu" or weight.dtype is not torch.float32 or not _has_shape(decoder):
+            return None  # on a GPU the model runs under autocast, and starting operations is not what takes the time
         lean = cls(model, masks)
         return lean if lean.agrees() else None
 

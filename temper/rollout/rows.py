@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,21 +137,24 @@ def shared_prefix(rows_S_L: NDArray[np.int64], wanted_L: NDArray[np.int64]) -> N
     return np.where(equal_S_L.all(1), equal_S_L.shape[1], equal_S_L.argmin(1)).astype(np.int64)
 
 
-def heads_first(rows: Sequence[Row], owner_of: Any, residents: Residents) -> tuple[list[Row], list[Row]]:
+def heads_first(rows: Sequence[Row], owner_of: Callable[[Row], Hashable], residents: Residents) -> tuple[list[Row], list[Row]]:
     """Which rows to prefill first, and which to leave until those are there because they share a prefix with one of them.
 
     Identical prompts of a group, and prompts with a common system text, are so computed once.
     """
     heads: list[Row] = []
     later: list[Row] = []
+    alike: dict[Hashable, list[NDArray[np.int64]]] = {}  # heads by owner and first tokens: no others share enough
     for row in rows:
         wanted = np.asarray(row.tokens[:-1], dtype=np.int64)
-        shared = 0
-        for head in heads:
-            if owner_of(head) == owner_of(row):
-                other = np.asarray(head.tokens[:-1][: len(wanted)], dtype=np.int64)
-                shared = max(shared, int(shared_prefix(other[None], wanted[: len(other)])[0]) if len(other) else 0)
-        (later if shared >= residents.longest(wanted, owner_of(row))[1] + WORTH_SHARING else heads).append(row)
+        others = alike.setdefault((owner_of(row), wanted[:WORTH_SHARING].tobytes()), [])
+        lengths = [min(len(other), len(wanted)) for other in others]
+        shared = max((int(shared_prefix(other[None, :n], wanted[:n])[0]) for other, n in zip(others, lengths, strict=True)), default=0)
+        if shared >= residents.longest(wanted, owner_of(row))[1] + WORTH_SHARING:
+            later.append(row)
+        else:
+            heads.append(row)
+            others.append(wanted)
     return heads, later
 
 

@@ -114,7 +114,7 @@ def test_a_mixed_adapter_batch_gives_each_row_what_its_adapter_alone_gives(polic
             with torch.no_grad():
                 for path, weight in policy.model.named_parameters():
                     if f".{name}.B" in path:
-                        weight.normal_(std=0.3)
+                        weight.normal_(std=0.1)
         plain = requests_for(policy, prompts_of(policy), temperature=1.0)
         mixed = [Request(r.prompt_ids, r.max_tokens, 1.0, seed=r.seed, adapter=names[n % 3]) for n, r in enumerate(plain)]
         together = Engine(policy, max_rows=6).sample(mixed)
