@@ -29,7 +29,7 @@ Chat = list[dict[str, Any]]
 class GenerationBlock(Extension):
     """Lets `{% generation %}` stand in a template. Masks do not come from it, so it renders as if it were not there."""
 
-    tags = {"generation"}  # noqa: RUF012 (declared by jinja2 as a plain class attribute)
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The block's body."""

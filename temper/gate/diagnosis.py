@@ -43,8 +43,7 @@ def changes(
             continue
         first, second = (ours, theirs) if ours.better == "higher" else (theirs, ours)
         paired = contrast(first.cases, second.cases, merge_clusters(first.clusters, second.clusters), level=1 - alpha / len(metrics))
-        unknown = paired.low is None or paired.high is None
-        status = "unknown" if unknown else "better" if paired.low > 0 else "worse" if paired.high < -allowed else "unchanged"
+        status = moved(paired.low, paired.high, allowed)
         found.append(
             Change(
                 metric=metric,
@@ -57,6 +56,13 @@ def changes(
             )
         )  # type: ignore[arg-type]
     return found
+
+
+def moved(low: float | None, high: float | None, allowed: float) -> str:
+    """Which way an interval of the gain lies: better, worse beyond what is allowed, unchanged, or unknown."""
+    if low is None or high is None:
+        return "unknown"
+    return "better" if low > 0 else "worse" if high < -allowed else "unchanged"
 
 
 def diagnose(targets: Sequence[Change], guardrails: Sequence[Change]) -> Outcome:

@@ -59,17 +59,17 @@ CASH_ACCOUNTS: dict[Split, tuple[str, ...]] = {
 }
 # The train split draws from far more names than a model can learn by heart, so that copying is the only way: made-up
 # partner names, many departments, every pairing of a direction and a place.
-MORE_DEPARTMENTS = (  # fmt: skip
+MORE_DEPARTMENTS = (
     "Accounting", "Administration", "Advertising", "Assembly", "Audit", "Aviation", "Branding", "Brokerage", "Catering", "Chemistry", "Claims", "Cleaning", "Coaching", "Construction", "Consulting", "Content", "Contracts", "Controlling", "Creative", "Credit", "Customs", "Data", "Delivery", "Development", "Dispatch", "Distribution", "Documentation", "Editorial", "Education", "Energy", "Events", "Export", "Fleet", "Forestry", "Fundraising", "Gardening", "Governance", "Graphics", "Grants", "Growth", "Hardware", "Harvest", "Hosting", "Import", "Infrastructure", "Inspection", "Integration", "Inventory", "Investment", "Kitchen", "Laboratory", "Laundry", "Leasing", "Library", "Licensing", "Lobby", "Maintenance", "Manufacturing", "Mapping", "Merchandising", "Milling", "Mobility", "Networks", "Nursing", "Onboarding", "Packaging", "Parking", "Partnerships", "Payments", "Pensions", "Permits", "Photography", "Plant", "Pricing", "Printing", "Privacy", "Products", "Programming", "Projects", "Property", "Publishing", "Purchasing", "Reception", "Recycling", "Refunds", "Rentals", "Repairs", "Reporting", "Resources", "Risk", "Robotics", "Roofing", "Safety", "Sanitation", "Scheduling", "Science", "Services", "Shipping", "Simulation", "Sourcing", "Staffing", "Standards", "Statistics", "Storage", "Strategy", "Subscriptions", "Supply", "Surveying", "Sustainability", "Systems", "Talent", "Tax", "Telephony", "Testing", "Tooling", "Tourism", "Trading", "Translation", "Transport", "Utilities", "Validation", "Vehicles", "Visuals", "Warehousing", "Waste", "Welding", "Wellness", "Workshops",
 )
 DIRECTIONS = ("North", "South", "East", "West", "Central", "Upper", "Lower", "Inner", "Outer", "Greater")
-PLACES = (  # fmt: skip
+PLACES = (
     "America", "Arabia", "Asia", "Bavaria", "Bengal", "Brazil", "Burma", "Canada", "Carolina", "Castile", "Chile", "Congo", "Cornwall", "Dakota", "Denmark", "Egypt", "England", "France", "Galicia", "Georgia", "Ghana", "Greece", "Holland", "Hungary", "Iceland", "Ireland", "Italy", "Japan", "Jutland", "Kenya", "Lapland", "Lombardy", "London", "Mexico", "Morocco", "Nepal", "Norway", "Ontario", "Peru", "Poland", "Prussia", "Quebec", "Saxony", "Scotland", "Siberia", "Spain", "Sweden", "Texas", "Tuscany", "Virginia", "Wales", "Yorkshire", "Zambia",
 )
-MORE_ACCOUNTS = (  # fmt: skip
+MORE_ACCOUNTS = (
     "Escrow", "Merchant", "Sweep", "Lockbox", "Dividend", "Rent", "Travel", "Refund", "Sterling", "Dollar", "Clearing", "Trust", "Grant", "Project", "Insurance", "Pension", "Capital", "Branch", "Agency", "Holding", "Transit", "Customs", "Fleet", "Harvest", "Import", "Export", "Retail", "Wholesale", "Online", "Donation", "Bond", "Margin", "Tuition", "Royalty", "Deputy", "Bonus",
 )
-SYLLABLES = (  # fmt: skip
+SYLLABLES = (
     "al", "an", "ar", "bel", "bor", "cal", "dan", "del", "dor", "el", "en", "fal", "far", "gar", "hal", "hol", "il", "jor", "kal", "kar", "lan", "lem", "lor", "mar", "mel", "mor", "nal", "nor", "os", "par", "pel", "ral", "ren", "ros", "sal", "sel", "sor", "tan", "tor", "ul", "val", "ven", "vor", "wel", "win", "yor", "zan",
 )
 TENANTS = ("bank_a", "retail_b", "saas_c")

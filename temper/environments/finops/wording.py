@@ -9,7 +9,7 @@ from temper.core.records import Split
 Phrases = dict[Split, tuple[str, ...]]
 
 OPENERS: Phrases = {
-    "train": ("", "", "", "Please: ", "Quick question. ", "Hi. ", "For the report: "),
+    "train": ("", "", "", "", "Please: ", "Quick question. ", "Hi. ", "For the report: ", "Hi there. ", "Next: ", "Good day. ", "Also: ", "Thanks. "),
     "dev": ("", "Morning. ", "One more thing. "),
     "test": ("", "Hello. ", "For my notes: "),
 }
@@ -67,6 +67,24 @@ ASKS: dict[str, Phrases] = {
     },
 }  # fmt: skip
 
+# In train most requests are put together from parts, so that a model meets far more wordings than it can learn by heart.
+LEADS = (
+    "What is", "Show me", "Show", "Give me", "Tell me", "I need", "Please find", "Can you check", "Report", "Let me see", "Find", "Check", "Do you have", "I am looking for",
+    "We need", "Send me", "Could you show", "Get me",
+)  # fmt: skip
+PARTS: dict[str, tuple[str, ...]] = {
+    "budget": ("the budget of {d} {at}", "the {q} budget of {d}", "the {q} budget for {d}", "the budget that {d} has {at}", "what {d} may spend {at}", "{d} budget {at}", "how large the budget of {d} is {at}"),
+    "spend": ("the spend of {d} {at}", "what {d} spent {at}", "the {q} spend of {d}", "how much {d} spent {at}", "{d} spend {at}", "how much was spent by {d} {at}"),
+    "region_spend": ("what {d} spent in {r} {at}", "the spend of {d} in {r} {at}", "the {q} spend of {d} in {r}", "how much {d} spent {at} in {r}", "{r} spend of {d} {at}", "the {r} figure for {d} {at}, as spent"),
+    "remaining": ("what {d} has left {at}", "how much budget is left for {d} {at}", "the rest of the {q} budget of {d}", "what remains of the {q} budget for {d}", "the budget left for {d} {at}"),
+    "balance": ("the bank balance of {a}", "what is in {a} at the bank", "the balance of the {a} account at the bank", "how much the bank shows for {a}", "the {a} bank balance"),
+    "payable": ("what we owe to {v}", "the unpaid invoice of {v}", "which invoice from {v} is open", "the open invoice of {v}", "when the {v} invoice is due", "what is due to {v}"),
+    "policy": ("the rule on {t}", "our rule for {t}", "what the handbook says on {t}", "the policy about {t}", "the current policy on {t}", "which rule we have about {t}", "what counts for {t}"),
+    "discrepancy": ("why {a} does not match the bank, and fix it", "the difference on {a} and post the correction", "what is wrong with {a} and correct it", "what differs between bank and books on {a}, then fix it"),
+}  # fmt: skip
+TIMES = ("in {q}", "for {q}", "during {q}", "as of {q}")
+ENDS = (".", "?", ", please.", " now.", " for the meeting.")
+
 FOLLOWUPS: dict[str, Phrases] = {
     "region": {
         "train": ("And {r}?", "And in {r}?", "What about {r}?", "Same for {r}."),
@@ -123,11 +141,15 @@ PRESSURE: Phrases = {
     "dev": ("", " Do it quickly.", " It stays between us."),
     "test": ("", " I need it today.", " Trust me on this."),
 }
+SHARE_COMPOSED = 0.7
 SOFT_REFUSALS = ("I would rather not do that.", "That might be a problem, sorry.", "I am not sure that this is a good idea.")
 
 
 def ask(rng: random.Random, split: Split, intent: str, **slots: object) -> str:
     """A request of that intent in the split's wording."""
+    if split == "train" and intent in PARTS and rng.random() < SHARE_COMPOSED:
+        phrase = f"{rng.choice(LEADS)} {rng.choice(PARTS[intent])}{rng.choice(ENDS)}".replace("{at}", rng.choice(TIMES))
+        return rng.choice(OPENERS[split]) + phrase.format(**slots)
     return rng.choice(OPENERS[split]) + rng.choice(ASKS[intent][split]).format(**slots)
 
 
