@@ -59,6 +59,9 @@ class AdaptableConfig(StageConfig):
     lora: LoraConfig | None = Field(None, description="train an adapter of this form instead of the weights")
     adapter: str = Field("adapter", description="the adapter's name")
     initial_adapter: str | None = Field(None, description="folder of an adapter to go on from")
+    freeze_embeddings: bool = Field(
+        False, description="leave the token embeddings (and a tied head) as they are: words that the rows lack are then not pushed away from being said"
+    )
 
     @property
     def trains(self) -> str | None:
@@ -112,6 +115,8 @@ def prepare(cfg: AdaptableConfig) -> Policy:
     elif cfg.lora:
         policy.freeze_base()
         policy.add_lora(cfg.adapter, cfg.lora)
+    if cfg.freeze_embeddings:
+        policy.model.get_input_embeddings().weight.requires_grad_(False)
     policy.model.train()
     return policy
 
