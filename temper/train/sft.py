@@ -24,6 +24,7 @@ from temper.train.learner import Learner
 from temper.train.stage import (
     AdaptableConfig,
     checkpoint_hash,
+    hold_unseen,
     keep,
     load_records,
     manifest_hash,
@@ -44,6 +45,7 @@ class Config(AdaptableConfig):
     dev: str | None = Field(None, description="manifest folder whose loss is measured at the end of each epoch's worth of steps")
     dev_every: int | None = Field(None, gt=0, description="optimizer steps between dev measurements; null: only at the end")
     weighting: Literal["token", "sequence"] = Field("token", description="what counts the same: every trained token, or every row")
+    hold_unseen: bool = Field(False, description="keep the embeddings of tokens that no row holds, so that such words can still be said")
 
 
 def run(cfg: Config) -> dict[str, Any]:
@@ -54,6 +56,8 @@ def run(cfg: Config) -> dict[str, Any]:
         return folder.result()
     policy = prepare(cfg)
     rows = sequences(load_records(cfg.data)[1], policy, cfg)
+    if cfg.hold_unseen:
+        hold_unseen(policy, rows)
     dev = sequences(load_records(cfg.dev)[1], policy, cfg) if cfg.dev else []
     plan = plan_steps([len(row.tokens) for row in rows], cfg)
     learner = Learner(policy, cfg.optim, len(plan), seed=cfg.seed)

@@ -59,9 +59,6 @@ class AdaptableConfig(StageConfig):
     lora: LoraConfig | None = Field(None, description="train an adapter of this form instead of the weights")
     adapter: str = Field("adapter", description="the adapter's name")
     initial_adapter: str | None = Field(None, description="folder of an adapter to go on from")
-    freeze_embeddings: bool = Field(
-        False, description="leave the token embeddings (and a tied head) as they are: words that the rows lack are then not pushed away from being said"
-    )
 
     @property
     def trains(self) -> str | None:
@@ -115,10 +112,21 @@ def prepare(cfg: AdaptableConfig) -> Policy:
     elif cfg.lora:
         policy.freeze_base()
         policy.add_lora(cfg.adapter, cfg.lora)
-    if cfg.freeze_embeddings:
-        policy.model.get_input_embeddings().weight.requires_grad_(False)
     policy.model.train()
     return policy
+
+
+def hold_unseen(policy: Policy, rows: Rows[Sequence]) -> None:
+    """Keep the embeddings of tokens that no row holds as they are.
+
+    The softmax pushes every token that is not the target away, so a word that never stands in the rows would
+    be unlearnt as something to say: a small model then cannot copy it from a request.
+    """
+    table = policy.model.get_input_embeddings().weight
+    seen_V = torch.zeros(table.shape[0], 1, dtype=torch.bool, device=table.device)
+    seen_V[sorted({token for row in rows for token in row.tokens})] = True
+    if table.requires_grad:
+        table.register_hook(lambda grad_V_D: grad_V_D.where(seen_V, 0.0))
 
 
 def save_trained(run: RunDirectory, policy: Policy, cfg: AdaptableConfig) -> dict[str, Any]:
