@@ -1,8 +1,15 @@
-"""The words that worlds are made of, apart by split: no company, partner, department or region of the
-train split appears in dev or in the sealed test, so that memory does not help."""
+"""The names that worlds are made of, apart by split: no company, partner, department, region or account of the
+train split appears in dev or in the sealed test, so that memory does not help.
+
+Every name has two words. The words are shared, their pairings are not: a pairing belongs to one split for good
+(`split_of`). There are more pairings than a model can learn by heart, so that copying is the only way.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+
+from temper.core.hashing import stream_seed
 from temper.core.records import Split
 
 COMPANY_HEADS: dict[Split, tuple[str, ...]] = {
@@ -57,8 +64,6 @@ CASH_ACCOUNTS: dict[Split, tuple[str, ...]] = {
     "dev": ("Disbursement", "Deposit", "Savings"),
     "test": ("Settlement", "Checking", "Imprest"),
 }
-# The train split draws from far more names than a model can learn by heart, so that copying is the only way: made-up
-# partner names, many departments, every pairing of a direction and a place.
 MORE_DEPARTMENTS = (
     "Accounting", "Administration", "Advertising", "Assembly", "Audit", "Aviation", "Branding", "Brokerage", "Catering", "Chemistry", "Claims", "Cleaning", "Coaching", "Construction", "Consulting", "Content", "Contracts", "Controlling", "Creative", "Credit", "Customs", "Data", "Delivery", "Development", "Dispatch", "Distribution", "Documentation", "Editorial", "Education", "Energy", "Events", "Export", "Fleet", "Forestry", "Fundraising", "Gardening", "Governance", "Graphics", "Grants", "Growth", "Hardware", "Harvest", "Hosting", "Import", "Infrastructure", "Inspection", "Integration", "Inventory", "Investment", "Kitchen", "Laboratory", "Laundry", "Leasing", "Library", "Licensing", "Lobby", "Maintenance", "Manufacturing", "Mapping", "Merchandising", "Milling", "Mobility", "Networks", "Nursing", "Onboarding", "Packaging", "Parking", "Partnerships", "Payments", "Pensions", "Permits", "Photography", "Plant", "Pricing", "Printing", "Privacy", "Products", "Programming", "Projects", "Property", "Publishing", "Purchasing", "Reception", "Recycling", "Refunds", "Rentals", "Repairs", "Reporting", "Resources", "Risk", "Robotics", "Roofing", "Safety", "Sanitation", "Scheduling", "Science", "Services", "Shipping", "Simulation", "Sourcing", "Staffing", "Standards", "Statistics", "Storage", "Strategy", "Subscriptions", "Supply", "Surveying", "Sustainability", "Systems", "Talent", "Tax", "Telephony", "Testing", "Tooling", "Tourism", "Trading", "Translation", "Transport", "Utilities", "Validation", "Vehicles", "Visuals", "Warehousing", "Waste", "Welding", "Wellness", "Workshops",
 )
@@ -74,3 +79,23 @@ SYLLABLES = (
 )
 TENANTS = ("bank_a", "retail_b", "saas_c")
 QUARTERS = ("Q1", "Q2", "Q3", "Q4")
+UNITS = ("Field", "Digital", "Group", "Regional", "Corporate", "Global", "Retail", "Central", "Export", "Junior")
+HOLDERS = ("Main", "Euro", "Dollar", "Branch", "Local", "Joint", "Second", "Group", "Old", "Night")
+SHARES: tuple[tuple[int, Split], ...] = ((80, "train"), (90, "dev"), (100, "test"))  # of a hundred pairings
+
+
+def split_of(name: str) -> Split:
+    """The one split that may use a name."""
+    place = stream_seed(0, "names", name) % 100
+    return next(split for below, split in SHARES if place < below)
+
+
+@cache
+def pairings(kind: str, split: Split) -> tuple[str, ...]:
+    """Every `department`, `region` or `account` name of a split."""
+    firsts, seconds = {
+        "department": (UNITS, (*(name for names in DEPARTMENTS.values() for name in names), *MORE_DEPARTMENTS)),
+        "region": (DIRECTIONS, PLACES),
+        "account": (HOLDERS, (*(name for names in CASH_ACCOUNTS.values() for name in names), *MORE_ACCOUNTS)),
+    }[kind]
+    return tuple(name for first in firsts for second in seconds if split_of(name := f"{first} {second}") == split)

@@ -13,20 +13,15 @@ from functools import cached_property
 from temper.core.hashing import stream_seed
 from temper.core.records import Split
 from temper.environments.finops.names import (
-    CASH_ACCOUNTS,
     COMPANY_HEADS,
     COMPANY_TAILS,
-    DEPARTMENTS,
-    DIRECTIONS,
-    MORE_ACCOUNTS,
-    MORE_DEPARTMENTS,
     PARTNER_HEADS,
     PARTNER_TAILS,
-    PLACES,
     QUARTERS,
-    REGIONS,
     SYLLABLES,
     TENANTS,
+    pairings,
+    split_of,
 )
 from temper.environments.finops.policies import Policy, write_policies
 
@@ -176,9 +171,9 @@ def make_company(seed: int, split: Split, index: int) -> Company:
     """Company number `index` of a split; tenants take turns."""
     rng = random.Random(stream_seed(seed, "company", split, index))
     tenant = TENANTS[index % len(TENANTS)]
-    departments = draw_names(rng, DEPARTMENTS[split], MORE_DEPARTMENTS if split == "train" else (), 4)
-    regions = draw_names(rng, REGIONS[split], tuple(f"{a} {b}" for a in DIRECTIONS for b in PLACES) if split == "train" else (), 3)
-    accounts = draw_names(rng, CASH_ACCOUNTS[split], MORE_ACCOUNTS if split == "train" else (), 3)
+    departments = tuple(rng.sample(pairings("department", split), 4))
+    regions = tuple(rng.sample(pairings("region", split), 3))
+    accounts = tuple(rng.sample(pairings("account", split), 3))
     partners = draw_partners(rng, split, 8)
     vendors, customers = partners[:5], partners[5:]
     numbers = rng.sample(range(1000, 10000), 16)
@@ -235,16 +230,13 @@ def draw_date(rng: random.Random) -> str:
     return f"2026-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
 
 
-def draw_names(rng: random.Random, few: tuple[str, ...], many: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """`count` different names, most of them from `many` where there are many."""
-    pool = rng.sample(few, min(count, len(few))) if not many else []
-    while len(set(pool)) < count:
-        pool.append(rng.choice(many) if rng.random() < 0.75 else rng.choice(few))
-    return tuple(dict.fromkeys(pool))
-
-
 def draw_partners(rng: random.Random, split: Split, count: int) -> list[str]:
-    """`count` different partner names of a split; in train most heads are made up."""
-    invented = tuple("".join(rng.sample(SYLLABLES, rng.choice((2, 2, 3)))).capitalize() for _ in range(4 * count)) if split == "train" else ()
-    heads = draw_names(rng, PARTNER_HEADS[split], invented, count)
-    return [f"{head} {rng.choice(PARTNER_TAILS[split])}" for head in heads]
+    """`count` different partner names of a split; the head of most is made up."""
+    heads, tails = ([word for words in group.values() for word in words] for group in (PARTNER_HEADS, PARTNER_TAILS))
+    found: dict[str, None] = {}
+    while len(found) < count:
+        invented = "".join(rng.sample(SYLLABLES, rng.choice((2, 2, 3)))).capitalize()
+        name = f"{invented if rng.random() < 0.5 else rng.choice(heads)} {rng.choice(tails)}"
+        if split_of(name) == split:
+            found[name] = None
+    return list(found)
