@@ -122,7 +122,8 @@ def hold_unseen(policy: Policy, rows: Rows[Sequence]) -> None:
     The softmax pushes every token that is not the target away, so a word that never stands in the rows would
     be unlearnt as something to say: a small model then cannot copy it from a request.
     """
-    table = policy.model.get_input_embeddings().weight
+    embeddings: Any = policy.model.get_input_embeddings()
+    table = embeddings.weight
     seen_V = torch.zeros(table.shape[0], 1, dtype=torch.bool, device=table.device)
     seen_V[sorted({token for row in rows for token in row.tokens})] = True
     if table.requires_grad:
