@@ -133,7 +133,9 @@ def test_an_interruption_is_130_and_says_how_to_go_on(monkeypatch, capsys):
 
 
 def test_a_real_interrupt_signal_is_130():
-    code = "import os, signal, sys; from temper import cli; import temper.cli.output as o\n"
+    # a shell that runs in the background hands its children an ignored SIGINT, which Python would keep
+    code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from temper import cli; import temper.cli.output as o\n"
     code += "import temper.cli.config as c; import typer\n"
     code += "@cli.app.command('hang')\ndef hang() -> None:\n    os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)\n"
     code += "cli.main(['hang'])"
