@@ -1,4 +1,4 @@
-"""Batches: sequences padded on the right, or packed side by side; and the plan of which rows share one."""
+"""Batches: sequences with their streams, one a row, padded on the right; computed as they stand or by a `Layout`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from temper.core.errors import DataError, ShapeError
+from temper.data.layout import Kind, Layout, Work, lay_out
 from temper.data.sequence import Sequence, Support
 
-STREAMS = ("advantages", "old_logprobs", "ref_logprobs")
+WORTH_LAYING = 0.98  # of the padded positions: a layout that takes more of them is not used
+STREAMS = ("advantages", "old_logprobs", "ref_logprobs", "values", "targets")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens with their streams, all [rows, positions].
+    """Rows of tokens with their streams, all [rows, positions]; each row is one sequence, whatever the layout.
 
-    `positions_B_T` restart where a packed sequence begins; `segments_B_T` numbers the sequences of a packed row from
-    0 (−1: padding) and is None where each row is one sequence. `adapters` and `support` go by row; `records` and
-    `groups` by sequence, in order.
+    `layout` says where each token is computed; None: in these very rows. A policy that cannot follow a layout computes
+    the rows as they stand. `adapters`, `groups`, `records` and `support` go by row.
     """
 
     tokens_B_T: Tensor
@@ -34,7 +35,7 @@ class Batch:
     advantages_B_T: Tensor | None = None
     old_logprobs_B_T: Tensor | None = None
     ref_logprobs_B_T: Tensor | None = None
-    segments_B_T: Tensor | None = None
+    layout: Layout | None = None
     support: list[Support] | None = None
     adapters: list[str | None] = ()  # type: ignore[assignment]
     groups: list[str | None] = ()  # type: ignore[assignment]
@@ -50,74 +51,59 @@ class Batch:
         """How many tokens are not padding."""
         return int(self.attention_B_T.sum())
 
+    @property
+    def work(self) -> Work:
+        """What computing this batch takes, as it is laid out."""
+        if self.layout is None:
+            lengths_B = self.attention_B_T.sum(-1).double()
+            return Work(self.tokens_real, float((lengths_B * (lengths_B + 1) / 2).sum()), self.tokens_B_T.numel())
+        sizes = [(span.end - span.start, span.before) for span in self.layout.spans]
+        return Work(sum(size for size, _ in sizes), sum(size * before + size * (size + 1) / 2 for size, before in sizes), self.layout.tokens_R_L.numel())
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         moved: dict[str, Any] = {
             field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved, layout=self.layout and self.layout.to(device))
 
 
-def collate(sequences: Rows[Sequence], pad_id: int) -> Batch:
-    """One row for each sequence, padded on the right to the longest. Raises DataError, ShapeError."""
-    return _lay([[sequence] for sequence in sequences], pad_id)
+def collate(sequences: Rows[Sequence], pad_id: int, kind: Kind = "padded") -> Batch:
+    """One row for each sequence, padded on the right to the longest. Raises DataError, ShapeError.
 
-
-def pack(sequences: Rows[Sequence], pad_id: int, row_tokens: int) -> Batch:
-    """Sequences side by side in rows of at most `row_tokens`, longest first into the fullest row with room for it.
-
-    Sequences of one row share its adapter, and see neither each other (positions restart) nor a loss across the seam
-    (a sequence's first weight is 0): transformers parts a row where positions restart, given position ids, no attention
-    mask, and use_cache=False (with a cache it does not). A sequence longer than `row_tokens` has a row of its own.
+    `kind` is how they are computed: `padded` as they stand; `packed` side by side; `shared` side by side with what rows
+    begin with alike computed once. Where that saves nothing, they are computed as they stand. Values and gradients are
+    the same; with dropout on, rows that share a beginning share its noise as well.
     """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for number in sorted(range(len(sequences)), key=lambda number: -len(sequences[number].tokens)):
-        length = len(sequences[number].tokens)
-        fitting = [at for at, free in enumerate(room) if free >= length and sequences[bins[at][0]].adapter == sequences[number].adapter]
-        best = min(fitting, key=room.__getitem__, default=None)
-        if best is None:
-            bins.append([number])
-            room.append(row_tokens - length)
-        else:
-            bins[best].append(number)
-            room[best] -= length
-    return _lay([[sequences[number] for number in sorted(members)] for members in sorted(bins, key=min)], pad_id, packed=True)
-
-
-def _lay(rows: list[list[Sequence]], pad_id: int, *, packed: bool = False) -> Batch:
-    every = [sequence for row in rows for sequence in row]
-    if not every:
+    if not sequences:
         raise DataError("a batch has no rows", do="give at least one sequence")
-    _check(every)
-    width = max(sum(len(sequence.tokens) for sequence in row) for row in rows)
+    _check(sequences)
+    width = max(len(sequence.tokens) for sequence in sequences)
 
     def filled(values: Callable[[Sequence], Rows[float]], padding: float, dtype: torch.dtype) -> Tensor:
-        flat = [[value for sequence in row for value in values(sequence)] for row in rows]
-        return torch.tensor([values + [padding] * (width - len(values)) for values in flat], dtype=dtype)
+        rows = [list(values(sequence)) for sequence in sequences]
+        return torch.tensor([row + [padding] * (width - len(row)) for row in rows], dtype=dtype)
 
-    lengths_B = torch.tensor([sum(len(sequence.tokens) for sequence in row) for row in rows])
-    attention_B_T = torch.arange(width)[None] < lengths_B[:, None]
-    positions_B_T = torch.arange(width).repeat(len(rows), 1)
-    segments_B_T = torch.full_like(positions_B_T, -1) if packed else None
-    if segments_B_T is not None:
-        for row, members in enumerate(rows):
-            at = 0
-            for number, length in enumerate([*(len(sequence.tokens) for sequence in members), width]):
-                end = min(width, at + length)  # the padding after the last sequence is a stretch of its own
-                positions_B_T[row, at:end] = torch.arange(end - at)
-                segments_B_T[row, at:end] = number if number < len(members) else -1
-                at = end
-    streams = {f"{name}_B_T": filled(attrgetter(name), 0.0, torch.float32) for name in STREAMS if getattr(every[0], name) is not None}
+    lengths_B = torch.tensor([len(sequence.tokens) for sequence in sequences])
+    present = [name for name in STREAMS if getattr(sequences[0], name) is not None]
     support = None
-    if any(sequence.support for sequence in every):
-        allowed = [[item for sequence in row for item in sequence.support or [None] * len(sequence.tokens)] for row in rows]
-        support = [items + [None] * (width - len(items)) for items in allowed]
+    if any(sequence.support for sequence in sequences):
+        support = [[*(row.support or [None] * len(row.tokens)), *[None] * (width - len(row.tokens))] for row in sequences]
     return Batch(
-        tokens_B_T=filled(attrgetter("tokens"), pad_id, torch.long), attention_B_T=attention_B_T, positions_B_T=positions_B_T,
-        weights_B_T=filled(attrgetter("weights"), 0.0, torch.float32), **streams, segments_B_T=segments_B_T, support=support,
-        adapters=[row[0].adapter for row in rows], groups=[sequence.group for sequence in every], records=[sequence.record for sequence in every],
+        tokens_B_T=filled(attrgetter("tokens"), pad_id, torch.long), attention_B_T=torch.arange(width)[None] < lengths_B[:, None],
+        positions_B_T=torch.arange(width).repeat(len(sequences), 1), weights_B_T=filled(attrgetter("weights"), 0.0, torch.float32),
+        **{f"{name}_B_T": filled(attrgetter(name), 0.0, torch.float32) for name in present},
+        layout=_layout(sequences, pad_id, kind, width), support=support, adapters=[row.adapter for row in sequences],
+        groups=[row.group for row in sequences], records=[row.record for row in sequences],
     )  # fmt: skip
+
+
+def _layout(sequences: Rows[Sequence], pad_id: int, kind: Kind, width: int) -> Layout | None:
+    """The layout of `kind`, or None where rows may as well be computed as they stand."""
+    if kind == "padded":
+        return None
+    layout = lay_out([row.tokens for row in sequences], [row.adapter for row in sequences], pad_id, share=kind == "shared")
+    return layout if layout.tokens_R_L.numel() <= WORTH_LAYING * len(sequences) * width else None
 
 
 def _check(sequences: Rows[Sequence]) -> None:
@@ -152,12 +138,7 @@ def plan_batches(lengths: Rows[int], token_budget: int, shuffle_rng: random.Rand
     Rows of equal length are drawn in random order, and so are the batches; equal random streams give equal plans. A row
     longer than the budget is a batch of its own.
     """
-    if token_budget < 1:
-        raise DataError(f"the token budget is {token_budget}", do="give at least 1")
-    order = list(range(len(lengths)))
-    if shuffle_rng is not None:
-        shuffle_rng.shuffle(order)
-    order.sort(key=lengths.__getitem__)
+    order = _order(lengths, token_budget, shuffle_rng)
     batches: list[list[int]] = []
     for row in order:  # rising, so the row at hand is the longest of its batch
         if batches and lengths[row] * (len(batches[-1]) + 1) <= token_budget:
@@ -167,3 +148,37 @@ def plan_batches(lengths: Rows[int], token_budget: int, shuffle_rng: random.Rand
     if shuffle_rng is not None:
         shuffle_rng.shuffle(batches)
     return batches
+
+
+def plan_packed(sizes: Rows[int], token_budget: int, shuffle_rng: random.Random | None = None) -> list[list[int]]:
+    """Which units (rows, pairs, groups) share a packed batch of at most `token_budget` positions, every unit once.
+
+    The batches are as even as they can be: the longest first, each into the emptiest. A unit above the budget is a
+    batch of its own.
+    """
+    order = _order(sizes, token_budget, shuffle_rng)
+    batches: list[list[int]] = [[] for _ in range(max(1, -(-sum(sizes) // token_budget)))]
+    filled = [0] * len(batches)
+    for unit in reversed(order):
+        emptiest = min(range(len(batches)), key=filled.__getitem__)
+        if batches[emptiest] and filled[emptiest] + sizes[unit] > token_budget:
+            emptiest = len(batches)
+            batches.append([])
+            filled.append(0)
+        batches[emptiest].append(unit)
+        filled[emptiest] += sizes[unit]
+    batches = [batch for batch in batches if batch]
+    if shuffle_rng is not None:
+        shuffle_rng.shuffle(batches)
+    return batches
+
+
+def _order(sizes: Rows[int], token_budget: int, shuffle_rng: random.Random | None) -> list[int]:
+    """Numbers by rising size, equal ones in random order. Raises DataError for a budget below one."""
+    if token_budget < 1:
+        raise DataError(f"the token budget is {token_budget}", do="give at least 1")
+    order = list(range(len(sizes)))
+    if shuffle_rng is not None:
+        shuffle_rng.shuffle(order)
+    order.sort(key=sizes.__getitem__)
+    return order

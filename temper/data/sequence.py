@@ -20,7 +20,8 @@ class Sequence:
     """Tokens and streams aligned to them: position i of a stream speaks of predicting `tokens[i]`.
 
     `weights` are loss weights (0: not trained; the first is always 0). `advantages`, `old_logprobs` and
-    `ref_logprobs` hold 0 where nothing is trained. `support` holds the tokens that sampling allowed (None: all).
+    `ref_logprobs` hold 0 where nothing is trained; an old log-prob is NaN where nobody sampled the token. `values` are
+    what a scalar head said there, `targets` what it should say. `support` holds the tokens that sampling allowed (None: all).
     `group` names rows that belong together: the two of a pair, or the samples of one prompt.
     """
 
@@ -29,6 +30,8 @@ class Sequence:
     advantages: list[float] | None = None
     old_logprobs: list[float] | None = None
     ref_logprobs: list[float] | None = None
+    values: list[float] | None = None
+    targets: list[float] | None = None
     support: Support | None = None
     adapter: str | None = None
     group: str | None = None
