@@ -35,6 +35,8 @@ class Batch:
     advantages_B_T: Tensor | None = None
     old_logprobs_B_T: Tensor | None = None
     ref_logprobs_B_T: Tensor | None = None
+    values_B_T: Tensor | None = None
+    targets_B_T: Tensor | None = None
     layout: Layout | None = None
     support: list[Support] | None = None
     adapters: list[str | None] = ()  # type: ignore[assignment]
