@@ -6,9 +6,9 @@ import contextlib
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from temper.core.errors import ConfigError, DataError, IntegrityError, ShapeError
 from temper.core.storage import FILES, read_json, verify_folder, whole_folder, write_json
 from temper.data.batch import Batch
+from temper.data.layout import Kind, Layout
 from temper.data.template import Template
 from temper.policy import adapters, peft_format
 from temper.policy.adapters import LoraConfig, Merge, Router
 from temper.policy.hardware import Precision, choose_device, choose_precision, keep_freed_memory
 from temper.policy.head import Divergence, Head, cross_entropy, divergence, token_values
-from temper.policy.inputs import attention_inputs, scatter, support_of
+from temper.policy.inputs import decoder_inputs, scatter, support_of
 from temper.policy.lean import Lean
 from temper.policy.losses import LossOut
+from temper.policy.packing import Packing
 from temper.policy.products import prefer_onednn
+from temper.policy.recompute import decoder_layers, recomputing
 
 log = logging.getLogger("temper.policy")
 IDENTITY = "temper.json"  # beside the weights: their hash and the template's fingerprint
@@ -54,11 +57,13 @@ class Policy:
     ) -> None:
         self.model, self.tokenizer, self.compute_dtype, self.path = model, tokenizer, compute_dtype, path
         self.version = 0
+        self.recompute = False  # activation checkpointing: keep the layers' inputs only, and run them again in the backward
         prefer_onednn()
         keep_freed_memory()
         self.router = Router()
         self._merge: Merge | None = None
         self.lean = Lean(model, model.get_decoder())
+        self.packing = Packing(self)
         self.check_head()
 
     @classmethod
@@ -132,20 +137,46 @@ class Policy:
         config = self.model.config.get_text_config()
         return Head(output.weight, output.bias, getattr(config, "final_logit_softcapping", None), self.compute_dtype)
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """The last hidden state of every position, after the final norm; each row through its own adapter."""
-        with self.use(batch.adapters), self.computing(), self.lean.forward(self.compute_dtype):
-            return self.model.get_decoder()(input_ids=batch.tokens_B_T, use_cache=False, **attention_inputs(batch)).last_hidden_state
+    @property
+    def padded_because(self) -> str | None:
+        """Why rows must be computed one by one (what the model is, or how it is used); None where they may share a row."""
+        return self.packing.because
+
+    def kind(self, wanted: str = "auto") -> Kind:
+        """How batches of this policy are laid out: `wanted`, or for `auto` with shared beginnings computed once.
+
+        Where the model cannot follow a layout it is `padded`, and the log says why.
+        """
+        return self.packing.kind(wanted)
+
+    def hidden_at(self, batch: Batch, at_N: Tensor) -> Tensor:
+        """The last hidden state, after the final norm, at flat positions of the batch; each row through its own adapter."""
+        layout = None if batch.layout is None or self.padded_because else batch.layout
+        hidden_R_L_D = self.computed(batch, layout)
+        return hidden_R_L_D.flatten(0, 1).index_select(0, at_N if layout is None else layout.at_B_T.flatten()[at_N])
+
+    def computed(self, batch: Batch, layout: Layout | None) -> Tensor:
+        """The last hidden state of every position as it is computed: [rows, positions, D] of the layout, or of the batch."""
+        running = partial(self.running, batch.adapters if layout is None else layout.adapters, layout)
+        decoder = self.model.get_decoder()
+        with running(), recomputing(decoder_layers(decoder) if self.recompute else [], running):
+            return decoder(use_cache=False, **decoder_inputs(batch, layout)).last_hidden_state
+
+    @contextlib.contextmanager
+    def running(self, names: Sequence[str | None], layout: Layout | None) -> Iterator[None]:
+        """Inside the block layers run with their rows' adapters, in the compute dtype, the lean way; in a recomputation too."""
+        with self.use(names), self.computing(), self.lean.forward(self.compute_dtype, layout):
+            yield
 
     def supervised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(flat positions, hidden states that predict them, their tokens) where the batch's mask is true."""
-        if bool(batch.mask_B_T[:, 0].any()):
+        mask_B_T = batch.mask_B_T
+        if bool(mask_B_T[:, 0].any()):
             raise ShapeError(
                 "the first position of a row is supervised", why="nothing stands before it to predict it", do="set weights[0] to 0"
             )
-        at_N = batch.mask_B_T.flatten().nonzero().squeeze(1)
-        hidden_B_T_D = self.hidden_states(batch)
-        return at_N, hidden_B_T_D.flatten(0, 1).index_select(0, at_N - 1), batch.tokens_B_T.flatten()[at_N]
+        at_N = mask_B_T.flatten().nonzero().squeeze(1)
+        return at_N, self.hidden_at(batch, at_N - 1), batch.tokens_B_T.flatten()[at_N]
 
     def token_logprobs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> TokenScores:
         """log p(token | what stands before it) at the supervised positions, from logits / `temperature`; differentiable.
@@ -318,7 +349,7 @@ class Policy:
         clone = copy.copy(self)
         clone.model, clone.router = copy.deepcopy((self.model, self.router))
         clone.model.eval().requires_grad_(False)
-        clone.lean = Lean(clone.model, clone.model.get_decoder())
+        clone.lean, clone.packing = Lean(clone.model, clone.model.get_decoder()), Packing(clone)
         return clone
 
 
