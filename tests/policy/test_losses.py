@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import math
 
 import pytest
@@ -24,6 +26,23 @@ def doubles(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 MASK = tensor([[False, True, True], [False, True, False]])
+
+
+@pytest.mark.parametrize("name", ["tokens", "policy_gradient", "pairs", "rewards", "distillation"])
+def test_the_numbers_in_the_docstrings(name):
+    """Each public loss shows a hand-worked number where its formula stands."""
+    module = importlib.import_module(f"temper.policy.losses.{name}")
+    names = {"tensor": tensor, "number": lambda value: round(float(value), 4), "total": lambda out: round(float(out.total), 4)}
+    found = doctest.testmod(module, extraglobs=names)
+    assert found.failed == 0
+    shown = [function.__name__ for function in vars(module).values() if callable(function) and ">>>" in (function.__doc__ or "")]
+    assert found.attempted >= len(shown) >= 1
+
+
+def test_every_loss_shows_a_number():
+    parts = {"LossOut", "add_tail", "kl_rows", "log_one_minus_exp", "mean_logprobs", "pair_metrics", "same_shape", "sum_logprobs", "with_tail"}
+    without = [name for name in losses.__all__ if callable(getattr(losses, name)) and ">>>" not in (getattr(losses, name).__doc__ or "")]
+    assert set(without) == parts
 
 
 def test_cross_entropy_by_hand():
@@ -86,6 +105,98 @@ def test_a_ratio_beyond_all_bounds_leaves_the_gradient_finite():
     out.total.backward()
     assert logprobs_B_T.grad.isfinite().all()
     assert out.total.isfinite()
+
+
+def test_gspo_clips_whole_rows():
+    """Row 0: ratios 2 and 1/2, geometric mean 1. Row 1: 1.44 and 1, mean 1.2; masked places hold NaN."""
+    logprobs_B_T = tensor([[NAN, 2.0, 0.5], [NAN, 1.44, 1.0]]).log()
+    advantages_B_T = tensor([[NAN, 1.0, 1.0], [NAN, 1.0, 1.0]])
+    mask_B_T = tensor([[False, True, True], [False, True, True]])
+    half_B_T = torch.full((2, 3), 0.5)
+    out = losses.gspo(logprobs_B_T, tensor([[NAN, 0.0, 0.0]] * 2), advantages_B_T, mask_B_T, clip_low=0.1, clip_high=0.1, weights_B_T=half_B_T)
+    assert float(out.total) == pytest.approx(-(1.0 + 1.1), rel=1e-5)  # each row once; the second at the edge of the band
+    assert int(out.sums["clipped"]) == 2  # both tokens of the second row
+    # a token's own ratio decides nothing: the gradient of a row's tokens is the same, s·A/|y|
+    logprobs_B_T = tensor([[0.0, math.log(2), math.log(0.5)]], requires_grad=True)
+    losses.gspo(logprobs_B_T, torch.zeros(1, 3), torch.ones(1, 3), mask_B_T[:1]).total.backward()
+    torch.testing.assert_close(logprobs_B_T.grad, tensor([[0.0, -1.0, -1.0]]))  # two gains of exp(mean), each giving ½ to each
+
+
+def test_cispo_clips_the_weight_and_never_the_token():
+    logprobs_B_T, old_B_T = tensor([[0.8, 0.2]]).log().requires_grad_(), tensor([[0.1, 0.4]]).log()  # ratios 8 and 1/2
+    out = losses.cispo(logprobs_B_T, old_B_T, tensor([[1.0, -1.0]]), tensor([[True, True]]), cap=3.0)
+    out.total.backward()
+    assert float(out.total.detach()) == pytest.approx(-(3.0 * math.log(0.8) - 0.5 * math.log(0.2)), rel=1e-5)
+    torch.testing.assert_close(logprobs_B_T.grad, tensor([[-3.0, 0.5]]))  # the clipped one still learns
+    assert int(out.sums["clipped"]) == 1
+
+
+def test_luffy_by_hand():
+    """Guided: p = 0.1 and γ = 0.1, gain ½·A, slope p·γ/(p+γ)² = 1/4. Own: ratio 1.5 clipped at 1.2. The old log-prob is NaN where guided."""
+    logprobs_B_T = tensor([[math.log(0.1), math.log(1.5), NAN]], requires_grad=True)
+    guided_B_T, mask_B_T = tensor([[True, False, True]]), tensor([[True, True, False]])
+    out = losses.luffy(logprobs_B_T, tensor([[NAN, 0.0, NAN]]), tensor([[2.0, 1.0, NAN]]), mask_B_T, guided_B_T)
+    out.total.backward()
+    assert float(out.total.detach()) == pytest.approx(-(0.5 * 2 + 1.2), rel=1e-5)
+    torch.testing.assert_close(logprobs_B_T.grad, tensor([[-0.25 * 2, 0.0, 0.0]]))
+    assert (int(out.sums["guided"]), int(out.sums["clipped"])) == (1, 1)
+    assert float(out.sums["ratio"]) == pytest.approx(1.5)  # of own tokens only
+    assert float(out.sums["guided_probability"]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["clipped_pg", "gspo", "cispo", "luffy"])
+def test_on_policy_every_one_has_the_gradient_of_reinforce(name):
+    """Weights of 1/length and one advantage a row: then GSPO's shared ratio gives each token its row's mean as well."""
+    logprobs_B_T, advantages_B_T = doubles(2, 3), tensor([[0.7] * 3, [-1.2] * 3]).double()
+    weights_B_T = tensor([[0.0, 0.5, 0.5], [0.0, 1.0, 0.0]]).double()
+    more = (torch.zeros(2, 3, dtype=torch.bool),) if name == "luffy" else ()
+    getattr(losses, name)(logprobs_B_T, logprobs_B_T.detach(), advantages_B_T, MASK, *more, weights_B_T=weights_B_T).total.backward()
+    torch.testing.assert_close(logprobs_B_T.grad, (-advantages_B_T * weights_B_T).where(MASK, 0.0))
+
+
+def test_process_reward_by_hand():
+    """Scores 0 and 2 for labels 1 and ¼; the third step is not judged."""
+    scores_B_T, labels_B_T, mask_B_T = tensor([[0.0, 2.0, NAN]]), tensor([[1.0, 0.25, NAN]]), tensor([[True, True, False]])
+    out = losses.process_reward(scores_B_T, labels_B_T, mask_B_T)
+    by_hand = [-math.log(0.5), -0.25 * math.log(sigmoid(2)) - 0.75 * math.log(sigmoid(-2))]
+    assert float(out.total) == pytest.approx(sum(by_hand), rel=1e-6)
+    assert int(out.count) == 2
+    assert int(out.sums["accuracy"]) == 0  # 0 is not above 0, and 2 is although the label says wrong
+    weighted = losses.process_reward(scores_B_T, labels_B_T, mask_B_T, weights_B_T=tensor([[0.5, 1.0, NAN]]))
+    assert float(weighted.total) == pytest.approx(0.5 * by_hand[0] + by_hand[1], rel=1e-6)
+
+
+def test_clipped_value_by_hand():
+    """v_old 0, ε 0.2, R 2: v = 1 has gone far enough (no gradient, error (0.2-2)²); v = 0.1 goes on; v = -1 is called back."""
+    values_B_T = tensor([[1.0, 0.1, -1.0, NAN]], requires_grad=True)
+    mask_B_T = tensor([[True, True, True, False]])
+    out = losses.clipped_value(values_B_T, tensor([[0.0, 0.0, 0.0, NAN]]), tensor([[2.0, 2.0, 2.0, NAN]]), mask_B_T, clip=0.2)
+    out.total.backward()
+    assert float(out.total.detach()) == pytest.approx(0.5 * (1.8**2 + 1.9**2 + 3.0**2), rel=1e-6)
+    torch.testing.assert_close(values_B_T.grad, tensor([[0.0, -1.9, -3.0, 0.0]]))
+    assert int(out.sums["value_clipped"]) == 1
+    plain = losses.clipped_value(values_B_T.detach(), torch.zeros(1, 4), torch.full((1, 4), 2.0), mask_B_T, clip=None)
+    assert float(plain.total) == pytest.approx(0.5 * (1.0 + 1.9**2 + 3.0**2), rel=1e-6)
+
+
+def test_the_grid_of_importance_weights_by_hand():
+    """Row 0: ratios ½ and 4, product 2. Row 1: ¼, and one whose sampler is unknown. Cap 2.5, floor 0.3."""
+    learner_B_T, sampler_B_T = tensor([[0.25, 0.8, NAN], [0.2, 0.5, NAN]]).log(), tensor([[0.5, 0.2, 1.0], [0.8, NAN, 1.0]]).log()
+    mask_B_T = tensor([[True, True, False], [True, True, False]])
+    grid = {
+        ("token", "clip"): [[0.5, 2.5, 1.0], [0.3, 1.0, 1.0]],
+        ("token", "mask"): [[0.5, 0.0, 1.0], [0.0, 1.0, 1.0]],
+        ("sequence", "clip"): [[2.0, 2.0, 1.0], [0.3, 1.0, 1.0]],
+        ("sequence", "mask"): [[2.0, 2.0, 1.0], [0.0, 1.0, 1.0]],
+    }
+    for (level, treatment), expected in grid.items():
+        found = losses.truncated_importance(learner_B_T, sampler_B_T, mask_B_T, cap=2.5, floor=0.3, level=level, treatment=treatment)
+        torch.testing.assert_close(found, tensor(expected), msg=f"{level} {treatment}")
+    for wrong in ({"level": "row"}, {"treatment": "drop"}, {"floor": 1.5}):
+        with pytest.raises(ConfigError, match="importance weights"):
+            losses.truncated_importance(learner_B_T, sampler_B_T, mask_B_T, cap=2.5, **wrong)
+    huge = losses.truncated_importance(tensor([[0.0] * 90]), tensor([[-90.0] * 90]), torch.ones(1, 90, dtype=torch.bool), cap=1e9, level="sequence")
+    assert huge.isfinite().all()
 
 
 def test_truncated_importance_by_hand():
@@ -239,6 +350,26 @@ GRADIENTS = {
         lambda lp: losses.clipped_pg(lp, doubles(2, 3).detach() - 0.1, doubles(2, 3, seed=4).detach(), MASK).total,
         (doubles(2, 3),),
     ),
+    "gspo": (
+        lambda lp: losses.gspo(lp, doubles(2, 3).detach() - 0.1, doubles(2, 3, seed=4).detach(), MASK, clip_low=0.3, clip_high=0.3).total,
+        (doubles(2, 3),),
+    ),
+    "luffy": (
+        lambda lp: losses.luffy(lp, doubles(2, 3).detach() - 0.1, doubles(2, 3, seed=4).detach(), MASK, tensor([[True, True, False]] * 2)).total,
+        ((-doubles(2, 3).detach().abs()).requires_grad_(),),
+    ),
+    "process_reward": (
+        lambda s: losses.process_reward(s, doubles(2, 3, seed=4).detach().sigmoid(), MASK, weights_B_T=doubles(2, 3, seed=5).detach()).total,
+        (doubles(2, 3),),
+    ),
+    "clipped_value": (
+        lambda v: losses.clipped_value(v, doubles(2, 3, seed=4).detach(), doubles(2, 3, seed=5).detach(), MASK, clip=0.4).total,
+        (doubles(2, 3),),
+    ),
+    "top_k": (
+        lambda s, t: losses.top_k(s.log_softmax(-1), t.log_softmax(-1), k=2, measure=lambda a, b: losses.jsd(a, b, beta=0.3)),
+        ROWS,
+    ),
     "dpo": (lambda *a: losses.dpo(*a, beta=0.3, label_smoothing=0.1).total, PAIRS),
     "ipo": (lambda *a: losses.ipo(*a, beta=0.3).total, PAIRS),
     "simpo": (lambda *a: losses.simpo(*a, beta=2.0, gamma=0.3).total, PAIRS[:2]),
@@ -270,6 +401,12 @@ def test_nan_where_the_mask_is_false_reaches_neither_value_nor_gradient(stream):
     for made in (
         lambda lp, other, more: losses.sft_cross_entropy(lp, other, MASK, logz_B_T=more, z_loss=0.1).total,
         lambda lp, other, more: losses.clipped_pg(lp, other, more, MASK, weights_B_T=more, importance_B_T=other).total,
+        lambda lp, other, more: losses.gspo(lp, other, more, MASK, weights_B_T=more, importance_B_T=other).total,
+        lambda lp, other, more: losses.cispo(lp, other, more, MASK, weights_B_T=more, importance_B_T=other).total,
+        lambda lp, other, more: losses.luffy(lp, other, more, MASK, MASK & (lp > 0), weights_B_T=more, importance_B_T=other).total,
+        lambda lp, other, more: losses.process_reward(lp, other, MASK, weights_B_T=more).total,
+        lambda lp, other, more: losses.clipped_value(lp, other, more, MASK, weights_B_T=more).total,
+        lambda lp, other, more: (lp.where(MASK, 0.0) * losses.truncated_importance(lp, other, MASK, cap=2.0, level="sequence")).sum() + more.where(MASK, 0.0).sum(),
         lambda lp, other, more: losses.sum_logprobs(lp, MASK).sum() + losses.mean_logprobs(lp, MASK).sum(),
     ):
         found = []
