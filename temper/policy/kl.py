@@ -71,3 +71,14 @@ def exact_kl(logits_N_V: Tensor, ref_logits_N_V: Tensor) -> Tensor:
     """KL(π ‖ π_ref) of each row from whole rows of logits: what the estimators estimate."""
     logp_N_V, logq_N_V = torch.log_softmax(logits_N_V, -1), torch.log_softmax(ref_logits_N_V, -1)
     return (logp_N_V.exp() * (logp_N_V - logq_N_V)).sum(-1)
+
+
+def adapted(coefficient: float, kl: float, target: float, *, gain: float = 0.1, bound: float = 0.2) -> float:
+    """The coefficient of the next step, so that the KL of an episode comes to `target` (Ziegler et al. 2019, section 2.2).
+
+    β ← β·(1 + gain·e) with e = clip(kl/target - 1, ±bound). `kl` is in nats an episode, summed over its tokens.
+
+    >>> adapted(0.2, 12.0, 6.0), adapted(0.2, 5.4, 6.0)  # e = 0.2 (clipped from 1); e = -0.1
+    (0.20400000000000001, 0.198)
+    """
+    return coefficient * (1 + gain * max(-bound, min(bound, kl / target - 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 
 import pytest
@@ -97,3 +98,18 @@ def test_a_forgotten_token_leaves_k3_finite():
 def test_gradients_agree_with_finite_differences(name):
     logits, ref = setting()
     assert gradcheck(kl.ESTIMATORS[name], (logits.detach().requires_grad_(), ref.requires_grad_()))
+
+
+def test_the_numbers_in_the_docstrings():
+    found = doctest.testmod(kl)
+    assert (found.failed, found.attempted >= 1) == (0, True)
+
+
+def test_the_adaptive_coefficient_settles_where_the_kl_is_the_target():
+    """A policy whose KL is 3/β: β must find 0.5 for a target of 6 nats, from either side, and stay."""
+    for coefficient in (0.1, 5.0):
+        for _ in range(400):
+            coefficient = kl.adapted(coefficient, 3 / coefficient, 6.0)
+        assert coefficient == pytest.approx(0.5, rel=1e-3)
+    assert kl.adapted(0.3, 6.0, 6.0) == 0.3
+    assert kl.adapted(0.3, 0.0, 6.0) == pytest.approx(0.3 * 0.98)  # never below a fiftieth less a step
