@@ -6,18 +6,24 @@ import torch
 from torch import Tensor
 
 from temper.data.batch import Batch
+from temper.data.layout import Layout
 from temper.policy.support import Support
 
 
-def attention_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What a decoder needs besides tokens. Right padding needs nothing: no real token sees what stands after it."""
-    real_B_T, positions_B_T = batch.attention_B_T, batch.positions_B_T
+def decoder_inputs(batch: Batch, layout: Layout | None) -> dict[str, Tensor]:
+    """What a decoder is given. Right padding needs no mask: no real token sees what stands after it.
+
+    A layout's mask is made of its spans, so here it is all ones: with none, transformers would part rows by positions.
+    """
+    if layout is not None:
+        return {"input_ids": layout.tokens_R_L, "attention_mask": torch.ones_like(layout.tokens_R_L), "position_ids": layout.positions_R_L}
+    real_B_T = batch.attention_B_T
     if bool((real_B_T[:, 1:] & ~real_B_T[:, :-1]).any()):
-        return {"attention_mask": real_B_T.long(), "position_ids": positions_B_T}
-    straight_1_T = torch.arange(positions_B_T.shape[1], device=positions_B_T.device)[None]
-    if bool((positions_B_T == straight_1_T).where(real_B_T, True).all()):
-        return {}
-    return {"position_ids": positions_B_T}  # rows packed into one: transformers parts them where positions restart
+        return {"input_ids": batch.tokens_B_T, "attention_mask": real_B_T.long(), "position_ids": batch.positions_B_T}
+    straight_1_T = torch.arange(batch.positions_B_T.shape[1], device=batch.positions_B_T.device)[None]
+    if bool((batch.positions_B_T == straight_1_T).where(real_B_T, True).all()):
+        return {"input_ids": batch.tokens_B_T}
+    return {"input_ids": batch.tokens_B_T, "position_ids": batch.positions_B_T}  # packed by hand: transformers parts rows where positions restart
 
 
 def support_of(batch: Batch, targets_N: Tensor) -> Support | None:

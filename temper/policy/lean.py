@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from temper.data.layout import Layout
 from temper.policy import attention
 
 TOLERANCE = 1e-5
@@ -50,7 +51,9 @@ class Lean:
     def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
         on_cpu = next(model.parameters()).device.type == "cpu"
         config: Any = decoder.config
-        self.config = config if on_cpu and config._attn_implementation == "sdpa" else None
+        self.on_cpu = on_cpu
+        self.given = config._attn_implementation
+        self.config = config if self.given == "sdpa" else None
         tried: dict[tuple[type, float], float | None] = {}
         self.norms: list[tuple[nn.Module, float, float, bool]] = []
         for path, module in decoder.named_modules() if on_cpu else ():
@@ -67,19 +70,21 @@ class Lean:
                 self.norms.append((module, eps, offset, inside))
 
     @contextmanager
-    def forward(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside the block the model runs the lean way. Norms that feed a layer's products give `dtype` at once,
-        where autocast would round each of their uses; the others give float32."""
-        before = None if self.config is None else self.config._attn_implementation
+    def forward(self, dtype: torch.dtype, layout: Layout | None = None) -> Iterator[None]:
+        """Inside the block the model runs the lean way, and sees what `layout` says. Norms that feed a layer's products
+        give `dtype` at once, where autocast would round each of their uses; the others give float32."""
+        config = self.config if self.on_cpu or layout is not None else None
+        before = None if config is None else config._attn_implementation
         for module, eps, offset, inside in self.norms:
             module.__dict__["forward"] = partial(_apply, module, eps, offset, dtype if inside else torch.float32)
-        if self.config is not None:
-            self.config._attn_implementation = attention.NAME
+        if config is not None:
+            config._attn_implementation = attention.NAME
         try:
-            yield
+            with attention.seeing(None if layout is None else layout.spans):
+                yield
         finally:
-            if self.config is not None:
-                self.config._attn_implementation = before
+            if config is not None:
+                config._attn_implementation = before
             for module, *_ in self.norms:
                 del module.__dict__["forward"]
 

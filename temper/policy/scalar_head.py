@@ -19,6 +19,7 @@ from temper.data.template import Template
 from temper.policy.hardware import Precision
 from temper.policy.lean import Lean
 from temper.policy.model import Policy, filled, hash_weights
+from temper.policy.packing import Packing
 
 WEIGHTS = "scalar_head.safetensors"
 
@@ -41,7 +42,7 @@ class RewardModel:
         self.policy = copy.copy(policy)
         self.policy.model, self.policy.router = copy.deepcopy((policy.model, policy.router))
         self.policy.model.requires_grad_(False)
-        self.policy.lean = Lean(self.policy.model, self.policy.model.get_decoder())
+        self.policy.lean, self.policy.packing = Lean(self.policy.model, self.policy.model.get_decoder()), Packing(self.policy)
         self.model = ScalarModel(self.policy.model.get_decoder().requires_grad_(True), self.policy.model.config)
         self.model.train(policy.model.training)
         self.version = 0
@@ -86,8 +87,8 @@ class RewardModel:
     def rewards(self, batch: Batch) -> Tensor:
         """One float32 reward a row, read at its last supervised token, or its last real one where none is; differentiable."""
         last_B = last_true(torch.where(batch.mask_B_T.any(-1, keepdim=True), batch.mask_B_T, batch.attention_B_T))
-        hidden_B_T_D = self.policy.hidden_states(batch)
-        hidden_B_D = hidden_B_T_D[torch.arange(len(last_B), device=last_B.device), last_B]
+        rows, width = batch.tokens_B_T.shape
+        hidden_B_D = self.policy.hidden_at(batch, torch.arange(rows, device=last_B.device) * width + last_B)
         return self.model.score(hidden_B_D.float()).squeeze(-1)
 
     @torch.no_grad()

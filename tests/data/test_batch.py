@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from temper.core.errors import DataError, ShapeError
-from temper.data.batch import collate, pack, plan_batches
+from temper.data.batch import collate, plan_batches, plan_packed
+from temper.data.layout import Span, Work, lay_out, positions_of
 from temper.data.sequence import Sequence
-from tests.checkpoints import tiny_checkpoint
 
 
 def row(*tokens: int, **fields) -> Sequence:
@@ -28,7 +27,7 @@ def test_rows_are_padded_on_the_right():
     assert batch.positions_B_T.tolist() == [[0, 1, 2], [0, 1, 2]]
     assert batch.weights_B_T.tolist() == [[0, 1, 1], [0, 1, 0]]
     assert batch.mask_B_T.tolist() == [[False, True, True], [False, True, False]]
-    assert (batch.tokens_real, batch.adapters, batch.segments_B_T) == (5, [None, None], None)
+    assert (batch.tokens_real, batch.adapters, batch.layout) == (5, [None, None], None)
     assert batch.tokens_B_T.dtype == torch.long
     assert batch.weights_B_T.dtype == torch.float32
 
@@ -66,35 +65,93 @@ def test_streams_that_do_not_fit_are_refused():
 
 
 def test_packing_lays_sequences_side_by_side():
-    """Room for 5: the sequence of 3 and that of 2 share a row; the other adapter has its own."""
-    batch = pack([row(1, 2), row(3, 4, 5), row(6, 7, adapter="x")], pad_id=0, row_tokens=5)
-    assert batch.tokens_B_T.tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
-    assert batch.positions_B_T.tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]]
-    assert batch.segments_B_T.tolist() == [[0, 0, 1, 1, 1], [0, 0, -1, -1, -1]]
-    assert batch.weights_B_T.tolist() == [[0, 1, 0, 1, 1], [0, 1, 0, 0, 0]]
-    assert batch.adapters == [None, "x"]
-    assert pack([row(*range(1, 9)), row(1, 2)], 0, row_tokens=4).tokens_B_T.shape == (2, 8)
+    """Rows of 2 and 3 share a row of the layout; the other adapter has its own; streams stay one sequence a row."""
+    batch = collate([row(1, 2), row(3, 4, 5), row(6, 7, adapter="x")], 0, "packed")
+    assert batch.tokens_B_T.tolist() == [[1, 2, 0], [3, 4, 5], [6, 7, 0]]
+    assert batch.adapters == [None, None, "x"]
+    assert batch.layout is None  # two rows of five are more than three of three
+    batch = collate([row(1, 2), row(3, 4, 5, 6, 7, 8), row(9, 1)], 0, "packed")
+    layout = batch.layout
+    assert layout.tokens_R_L.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 1]]
+    assert layout.positions_R_L.tolist() == [[0, 1, 0, 1, 2, 3, 4, 5, 0, 1]]
+    assert layout.at_B_T.tolist() == [[0, 1, 0, 0, 0, 0], [2, 3, 4, 5, 6, 7], [8, 9, 0, 0, 0, 0]]
+    assert layout.spans == (Span(0, 0, 2), Span(0, 2, 8), Span(0, 8, 10))
+    assert (batch.tokens_real, batch.work) == (10, Work(10, 3 + 21 + 3, 10))
+    assert batch.to("cpu").layout.spans == layout.spans
+    with_padding = collate([row(1, 2), row(3, 4, 5, 6, 7, 8), row(9, 1)], 0)
+    assert (with_padding.layout, with_padding.work) == (None, Work(10, 27, 18))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma"])
-def test_packed_sequences_see_only_themselves(family, tmp_path):
-    """Packed, padded and one by one give the same log-probs to 1e-5; every family through plain transformers."""
-    torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(family, tmp_path)).eval()
-    rng = random.Random(3)
-    rows = [row(*(rng.randrange(10, 200) for _ in range(length))) for length in (7, 12, 5, 9)]
+def test_adapters_do_not_share_a_row():
+    layout = lay_out([[1, 2], [3, 4, 5], [6, 7]], [None, "x", None], 9, share=True)
+    assert layout.tokens_R_L.tolist() == [[1, 2, 6, 7], [3, 4, 5, 9]]
+    assert layout.at_B_T.tolist() == [[0, 1, 0], [4, 5, 6], [2, 3, 0]]
+    assert layout.adapters == [None, "x"]
 
-    def logprobs(batch):
-        with torch.no_grad():
-            logits_B_T_V = model(input_ids=batch.tokens_B_T, position_ids=batch.positions_B_T, use_cache=False).logits[:, :-1]
-        found_B_T = logits_B_T_V.log_softmax(-1).gather(-1, batch.tokens_B_T[:, 1:, None]).squeeze(-1)
-        return found_B_T[batch.mask_B_T[:, 1:]].sort().values
 
-    alone = torch.cat([logprobs(collate([each], 0)) for each in rows]).sort().values
-    torch.testing.assert_close(logprobs(collate(rows, 0)), alone, atol=1e-5, rtol=0)
-    packed = pack(rows, 0, row_tokens=18)
-    assert packed.tokens_B_T.shape[0] < len(rows)
-    torch.testing.assert_close(logprobs(packed), alone, atol=1e-5, rtol=0)
+def test_equal_rows_are_laid_once_and_a_row_may_be_another_s_beginning():
+    """Twenty tokens, the same again, and five more after them: 25 places."""
+    short, long = list(range(20)), list(range(25))
+    layout = lay_out([short, long, short], [None] * 3, 0, share=True)
+    assert layout.tokens_R_L.tolist() == [long]
+    assert layout.at_B_T.tolist() == [[*short, 0, 0, 0, 0, 0], long, [*short, 0, 0, 0, 0, 0]]
+    assert layout.spans == (Span(0, 0, 20), Span(0, 20, 25, ((0, 20),)))
+
+
+def test_what_is_shared_is_a_tree():
+    """A system prompt of 20 before two prompts of 18 with two answers each, and before a row of 21 more.
+
+    The prompts begin with the same 2 tokens, too few to be laid apart: each keeps its own. 20 + 2·18 + 4·3 + 21 places.
+    """
+    system, first, second = list(range(20)), [50, 51, *range(60, 76)], [50, 51, *range(80, 96)]
+    rows = [[*system, *prompt, *answer] for prompt in (first, second) for answer in ([1, 2, 3], [4, 5, 6])] + [[*system, *range(70, 91)]]
+    assert positions_of(rows, "shared") == 20 + 2 * 18 + 4 * 3 + 21
+    assert (positions_of(rows, "packed"), positions_of([*rows, [1]], "padded")) == (5 * 41, 6 * 41)
+    spans = lay_out(rows, [None] * 5, 0, share=True).spans
+    assert spans[:3] == (Span(0, 0, 20), Span(0, 20, 38, ((0, 20),)), Span(0, 38, 41, ((0, 38),)))
+    assert spans[4] == Span(0, 44, 62, ((0, 20),))
+    assert spans[6:] == (Span(0, 65, 68, ((0, 20), (44, 62))), Span(0, 68, 89, ((0, 20),)))
+
+
+tokens = st.lists(st.integers(0, 2), min_size=1, max_size=60)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), tokens), min_size=1, max_size=8), st.booleans(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_every_row_can_be_read_back_from_its_layout(drawn, share, data):
+    """Whatever begins alike: each row's tokens and positions stand where the layout says, and each token sees just its own past."""
+    beginnings = [data.draw(tokens) * 2 for _ in range(4)]
+    rows = [[*beginnings[which], *rest] for which, rest in drawn]
+    layout = lay_out(rows, [None] * len(rows), 0, share=share)
+    (flat,), (positions,) = layout.tokens_R_L.tolist(), layout.positions_R_L.tolist()
+    seen = {}
+    for span in layout.spans:
+        path = [place for start, end in span.path for place in range(start, end)]
+        for place in range(span.start, span.end):
+            seen[place] = [*path, *range(span.start, place + 1)]
+    assert sorted(seen) == list(range(len(flat)))
+    for number, expected in enumerate(rows):
+        at = layout.at_B_T[number, : len(expected)].tolist()
+        assert [flat[place] for place in at] == expected
+        assert [positions[place] for place in at] == list(range(len(expected)))
+        assert all(seen[place] == at[: position + 1] for position, place in enumerate(at))
+    assert len(flat) == positions_of(rows, "shared" if share else "packed")
+
+
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 128), st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_a_packed_plan_holds_every_unit_once_and_keeps_the_budget(sizes, budget, seed):
+    plan = plan_packed(sizes, budget, random.Random(seed))
+    assert sorted(number for batch in plan for number in batch) == list(range(len(sizes)))
+    for batch in plan:
+        assert len(batch) == 1 or sum(sizes[number] for number in batch) <= budget
+    assert plan == plan_packed(sizes, budget, random.Random(seed))
+
+
+def test_packed_batches_are_even():
+    """Sixty tokens in batches of at most 32 are two of 30, not one of 32 and one of 28."""
+    plan = plan_packed([10, 20, 10, 20], 32)
+    assert [sum([10, 20, 10, 20][number] for number in batch) for batch in plan] == [30, 30]
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 128), st.integers(0, 5))

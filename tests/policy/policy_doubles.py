@@ -91,6 +91,7 @@ def make_batch(
         mask_B_T=weights_B_T != 0,
         adapters=adapters or [None] * len(lengths),
         support=None,
+        layout=None,
     )
 
 
