@@ -158,9 +158,13 @@ class Policy:
     def computed(self, batch: Batch, layout: Layout | None) -> Tensor:
         """The last hidden state of every position as it is computed: [rows, positions, D] of the layout, or of the batch."""
         running = partial(self.running, batch.adapters if layout is None else layout.adapters, layout)
-        decoder = self.model.get_decoder()
-        with running(), recomputing(decoder_layers(decoder) if self.recompute else [], running):
-            return decoder(use_cache=False, **decoder_inputs(batch, layout)).last_hidden_state
+        layers = decoder_layers(self.model.get_decoder()) if self.recompute else []
+        with running(), recomputing(layers, running):
+            return self.decode(use_cache=False, **decoder_inputs(batch, layout))
+
+    def decode(self, **inputs: Any) -> Tensor:
+        """The decoder's last hidden state. Training on several ranks puts a method here that gathers the weights first."""
+        return self.model.get_decoder()(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def running(self, names: Sequence[str | None], layout: Layout | None) -> Iterator[None]:
