@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,7 @@ from temper.core.hashing import hash_value
 
 Role = Literal["system", "user", "assistant", "tool"]
 Split = Literal["train", "dev", "test"]
+Part = Literal["thinking", "text", "calls", "arguments"]  # of an assistant turn; its end token goes with the last of the first three
 
 
 class Noun(BaseModel):
@@ -28,7 +29,7 @@ class ToolCall(Noun):
 
 
 class Message(Noun):
-    """One turn. `train` overrides the default (assistant turns are trained, all others never).
+    """One turn. `train` overrides the default (assistant turns are trained, all others never): false, or the parts to train.
 
     `reasoning` is thinking that the template renders apart from `content`. A `tool` message answers the
     call whose id is `tool_call_id`.
@@ -40,7 +41,7 @@ class Message(Noun):
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
-    train: bool | None = None
+    train: bool | Annotated[tuple[Part, ...], Field(min_length=1)] | None = None
 
 
 class ToolSpec(Noun):

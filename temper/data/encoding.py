@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 CACHED_SEGMENTS = 20_000
+Span = tuple[int, int]  # the characters of a text that a token stands for
+
+
+@dataclass
+class Encoded:
+    """Tokens, and for each cut how many tokens stand before it.
+
+    `stretches` says what was encoded at once: where it starts, the token text before it, its text, and how many of
+    its tokens stood in an earlier stretch already.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    stretches: list[tuple[int, str, str, int]] = field(default_factory=list)
+
+    def add(self, other: Encoded, at: int) -> None:
+        """What was encoded of the text from `at` on."""
+        self.places += [len(self.ids) + count for count in other.places]
+        self.ids += other.ids
+        self.stretches += [(at + start, previous, text, skip) for start, previous, text, skip in other.stretches]
 
 
 class Encoder:
@@ -28,16 +49,16 @@ class Encoder:
         )
         longest_first = sorted(self.added_ids, key=len, reverse=True)
         self.splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if plain and longest_first else None
+        spelled = (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self.bytewise = frozenset(number for number in spelled if number is not None)  # what stands for a byte that no other token holds
         self.segment = lru_cache(maxsize=CACHED_SEGMENTS)(self._segment)
 
-    def encode(self, text: str, cuts: Sequence[int] = (), before: int | None = None) -> tuple[list[int], list[int]]:
-        """The tokens of `text`, and for each character position in `cuts` (rising) how many tokens stand before it.
+    def encode(self, text: str, cuts: Sequence[int] = (), before: int | None = None) -> Encoded:
+        """The tokens of `text`. `cuts` are rising character positions, `before` the token that `text` follows.
 
-        No token crosses a cut, and the tokens before a cut are those of the text before it alone. `before` is the
-        token that `text` follows.
+        No token crosses a cut, and the tokens before a cut are those of the text before it alone.
         """
-        ids: list[int] = []
-        places: list[int] = []
+        found = Encoded()
         previous = self.added_texts.get(before, "") if before is not None else ""
         at = passed = 0
         for piece in self.splitter.split(text) if self.splitter else [text]:
@@ -50,29 +71,41 @@ class Encoder:
                 inside.append(cuts[passed] - at)
                 passed += 1
             if known is not None:
-                places += [len(ids)] * len(inside)
-                ids.append(known)
+                found.add(Encoded([known], [0] * len(inside), [(0, "", piece, 0)]), at)
                 previous = piece
             else:
-                found, within = self._cut(previous, piece, inside) if inside else (self.segment(previous, piece), [])
-                places += [len(ids) + count for count in within]
-                ids += found
+                found.add(self._cut(previous, piece, inside), at)
             at = end
-        places += [len(ids)] * (len(cuts) - passed)
-        return ids, places
+        found.places += [len(found.ids)] * (len(cuts) - passed)
+        return found
+
+    def spans(self, found: Encoded) -> list[Span]:
+        """The characters that each token stands for. The tokens of one letter's bytes all stand for that letter."""
+        spans: list[Span] = []
+        for at, previous, text, skip in found.stretches:
+            offsets = self.backend.encode(previous + text, add_special_tokens=False).offsets[bool(previous) + skip :]
+            shift = at - len(previous)
+            spans += [(start + shift, stop + shift) for start, stop in offsets]
+        return spans
 
     def _segment(self, previous: str, text: str) -> tuple[int, ...]:
         ids = self.backend.encode(previous + text, add_special_tokens=False).ids
         return tuple(ids[1:] if previous else ids)
 
-    def _cut(self, previous: str, text: str, inside: list[int]) -> tuple[tuple[int, ...], list[int]]:
+    def _cut(self, previous: str, text: str, inside: list[int]) -> Encoded:
         """`text` encoded whole up to each cut in turn, wherever that leaves the tokens before the last cut as they were."""
-        ids: tuple[int, ...] = ()
-        places = []
+        found = Encoded()
         last = 0
         for cut in [*inside, len(text)]:
+            skip = len(found.ids)
             whole = self.segment(previous, text[:cut]) if cut else ()
-            ids = whole if whole[: len(ids)] == ids else ids + self.segment(previous, text[last:cut])
-            places.append(len(ids))
+            if list(whole[:skip]) == found.ids:
+                found.ids += whole[skip:]
+                found.stretches.append((0, previous, text[:cut], skip))
+            else:
+                found.ids += self.segment(previous, text[last:cut])
+                found.stretches.append((last, previous, text[last:cut], 0))
+            found.places.append(len(found.ids))
             last = cut
-        return ids, places[:-1]
+        found.places.pop()
+        return found

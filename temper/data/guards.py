@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from temper.core.errors import TemplateError
-from temper.core.records import Message
+from temper.core.records import Message, ToolSpec
+from temper.data.contract import Traits
 
 
 def check_control(control: re.Pattern[str] | None, messages: Iterable[Message]) -> None:
@@ -23,6 +24,23 @@ def check_control(control: re.Pattern[str] | None, messages: Iterable[Message]) 
                     why="it would be read as the end or the start of a turn",
                     do="remove it from the text, or write it another way",
                 )
+
+
+def check_supported(template: str, traits: Traits, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> None:
+    """Raise TemplateError for tools, calls or results that the template would refuse or drop."""
+    needs = {
+        "tools": bool(tools) and not traits.tools,
+        "calls": not traits.calls and any(message.tool_calls for message in messages),
+        "results": not traits.results and any(message.role == "tool" for message in messages),
+        "parallel calls": not traits.parallel and any(len(message.tool_calls) > 1 for message in messages),
+    }
+    for about, lacking in needs.items():
+        if lacking:
+            raise TemplateError(
+                f"the chat template of {template} has no {about}",
+                why=traits.faults.get(about, "it drops them"),
+                do="use a template that renders them, for example temper/data/chatml.jinja, or remove them from the rows",
+            )
 
 
 def check_kept(template: str, messages: Sequence[Message], text: str, *, thinking: bool = False) -> None:

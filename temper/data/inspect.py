@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
 from typing import Any
 
 from temper.core.records import Noun
@@ -48,20 +51,45 @@ def counts(sequences: Iterable[Sequence]) -> Counts:
     )  # fmt: skip
 
 
-def difference(first: list[int], second: list[int], tokenizer: Any, around: int = 4) -> list[str]:
-    """Where two token rows part, token by token: one line a token, `=` shared, `-` only first, `+` only second."""
-    import difflib
+@dataclass(frozen=True)
+class TokenLine:
+    """One token of a comparison: `=` in both rows, `-` in the first alone, `+` in the second alone."""
 
-    lines: list[str] = []
-    matcher = difflib.SequenceMatcher(a=first, b=second, autojunk=False)
-    for group in matcher.get_grouped_opcodes(around):
+    kind: str
+    place: int
+    token: int
+    text: str
+    trained: bool | None = None
+
+    def shown(self) -> str:
+        """The line as text."""
+        return f"{self.kind} {self.place:5d} {self.token:6d} {self.text!r}" + ("  trained" if self.trained else "")
+
+
+def token_lines(ids: Rows[int], tokenizer: Any, trained: Rows[bool] | None = None) -> list[TokenLine]:
+    """A row token by token."""
+    texts = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    flags: Rows[bool | None] = [None] * len(ids) if trained is None else trained
+    return [TokenLine("=", *each) for each in zip(range(len(ids)), ids, texts, flags, strict=True)]
+
+
+def diff_lines(first: list[TokenLine], second: list[TokenLine], *, by_id: bool = True, around: int = 4) -> list[TokenLine]:
+    """Where two rows part, token by token, `around` equal tokens before and after; empty where they are equal.
+
+    Tokens are equal that have one id (`by_id` false: one text, for two tokenizers) and are both trained or both not.
+    """
+    keys = [[(line.token if by_id else line.text, line.trained) for line in lines] for lines in (first, second)]
+    lines: list[TokenLine] = []
+    for group in difflib.SequenceMatcher(a=keys[0], b=keys[1], autojunk=False).get_grouped_opcodes(around):
         for kind, start, stop, other_start, other_stop in group:
             if kind == "equal":
-                lines += [f"= {at:5d} {token:6d} {tokenizer.decode([token])!r}" for at, token in enumerate(first[start:stop], start)]
+                lines += first[start:stop]
                 continue
-            lines += [f"- {at:5d} {token:6d} {tokenizer.decode([token])!r}" for at, token in enumerate(first[start:stop], start)]
-            lines += [
-                f"+ {at:5d} {token:6d} {tokenizer.decode([token])!r}"
-                for at, token in enumerate(second[other_start:other_stop], other_start)
-            ]
+            lines += [replace(line, kind="-") for line in first[start:stop]]
+            lines += [replace(line, kind="+") for line in second[other_start:other_stop]]
     return lines
+
+
+def token_diff(first: Rows[int], second: Rows[int], tokenizer: Any) -> list[TokenLine]:
+    """`diff_lines` of two rows of one tokenizer."""
+    return diff_lines(token_lines(first, tokenizer), token_lines(second, tokenizer))

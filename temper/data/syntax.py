@@ -79,10 +79,10 @@ def split_thinking(text: str, syntax: ThinkSyntax | None) -> tuple[str | None, s
     if not mark and syntax.close.strip() not in text:
         return None, text
     rest = text.removeprefix(syntax.open) if text.startswith(syntax.open) else text.lstrip().removeprefix(mark)
-    before, closed, after = rest.partition(syntax.close)
-    if not closed:
-        before, closed, after = rest.partition(syntax.close.strip())
-    return before, after
+    close = syntax.close.strip()
+    space, _, space_behind = syntax.close.partition(close)
+    before, closed, after = rest.partition(close)
+    return (before.removesuffix(space), after.removeprefix(space_behind)) if closed else (rest, "")
 
 
 def split_calls(text: str, syntax: CallSyntax | None) -> tuple[str, tuple[ToolCall, ...]]:

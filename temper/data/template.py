@@ -20,12 +20,14 @@ from temper.core.hashing import hash_text, hash_value
 from temper.core.records import Message, ToolCall, ToolSpec
 from temper.core.reports import Finding
 from temper.data.contract import Traits, findings, learn
-from temper.data.encoding import Encoder
-from temper.data.guards import check_control, check_kept
+from temper.data.encoding import Encoded, Encoder
+from temper.data.guards import check_control, check_kept, check_supported
+from temper.data.parts import Turn
+from temper.data.reading import TurnReader
 from temper.data.render import Chat, compiled, special_roles, to_chat, to_tools
 from temper.data.syntax import split_calls, split_thinking
+from temper.data.turns import REMEDY, Starts
 
-REMEDY = "use a template that keeps every turn as it was sampled (temper/data/chatml.jinja; for Qwen3, temper/data/qwen3.jinja)"
 FOLD = "fold_system"  # the key in tokenizer_config.json that says: put the system text into the first user turn
 
 
@@ -41,6 +43,18 @@ class Supervised:
     message_of: list[int]
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text and tokens. `turns` holds each assistant message's index, first token and first character."""
+
+    chat: Chat
+    tools: list[dict[str, Any]] | None
+    folded: int
+    text: str
+    encoded: Encoded
+    turns: list[tuple[int, int, int]]
+
+
 class Template:
     """A chat template as versioned data, with its tokenizer. Made by `Template.of`."""
 
@@ -49,7 +63,7 @@ class Template:
         self.name = str(getattr(tokenizer, "name_or_path", "") or "chat").rstrip("/").rpartition("/")[2]
         self.encoder = Encoder(tokenizer)
         self._compiled = compiled(text)
-        self._roles = special_roles(tokenizer)
+        self.special_roles = special_roles(tokenizer)
         self._special = {
             token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special and token.content
         }
@@ -86,9 +100,18 @@ class Template:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of template text, special tokens, and the tokenizer's vocabulary, merges and pre-tokenisation."""
+        text, roles = hash_text(self.text), self.special_roles
+        return hash_value({"text": text, "roles": roles, "fold_system": self.fold_system, "tokenizer": self._tokenizer_parts})
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """A hash of the tokenizer alone: equal ones give equal texts equal ids."""
+        return hash_value(self._tokenizer_parts)
+
+    @cached_property
+    def _tokenizer_parts(self) -> dict[str, Any]:
         described = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        parts = {name: described[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "decoder", "model")}
-        return hash_value({"text": hash_text(self.text), "roles": self._roles, "fold_system": self.fold_system, "tokenizer": parts})
+        return {name: described[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "decoder", "model")}
 
     @cached_property
     def traits(self) -> Traits:
@@ -151,26 +174,30 @@ class Template:
             raise TemplateError(
                 f"the calls that the template of {self.name} asks for cannot be read back", why=self.traits.faults["syntax"], do=REMEDY
             )
-        return self._encode(messages, tools, generation=True)[0]
+        return self._encode(messages, tools, generation=True).encoded.ids
 
     def supervise(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> Supervised:
         """Tokens and mask: text, calls and end token of assistant turns are trained, all else never.
 
-        `Message.train` overrides it turn by turn. Raises TemplateError where a trained turn is not rendered as it would
-        be sampled, or is not rendered whole.
+        `Message.train` overrides it turn by turn, or names the parts of a turn that are trained; a token that holds
+        any of such a part is. Raises TemplateError where a trained turn is not rendered as it would be sampled, or is
+        not rendered whole, or has none of the parts it names.
         """
-        tokens, turns = self._encode(messages, tools, generation=False)
+        row = self._encode(messages, tools, generation=False)
+        tokens = row.encoded.ids
         mask, message_of = [False] * len(tokens), [-1] * len(tokens)
         ends = self.traits.end_ids
-        for number, start in turns:
-            stop = next((at for at in range(start, len(tokens)) if tokens[at] in ends), None)
+        for number, start, _ in row.turns:
+            stop = next((at + 1 for at in range(start, len(tokens)) if tokens[at] in ends), None)
             if stop is None:
                 raise TemplateError(
                     f"assistant message {number} has no end token", why="the template renders the turn without one", do=REMEDY
                 )
-            message_of[start : stop + 1] = [number] * (stop + 1 - start)
-            if messages[number].train is not False:
-                mask[start : stop + 1] = [True] * (stop + 1 - start)
+            message_of[start:stop] = [number] * (stop - start)
+            train = messages[number].train
+            mask[start:stop] = (
+                self._parts(row, number, start, stop, train) if isinstance(train, tuple) else [train is not False] * (stop - start)
+            )
         return Supervised(tokens, mask, message_of)
 
     def append(self, ids: Sequence[int], new_messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[int]:
@@ -206,26 +233,46 @@ class Template:
             )
         place, end = min(ends)
         cut_short = not ids or ids[-1] not in self.traits.end_ids
-        added, _ = self.encoder.encode(text[place if cut_short else place + len(end) :], before=ids[-1] if ids else None)
-        return [*ids, *added]
+        added = self.encoder.encode(text[place if cut_short else place + len(end) :], before=ids[-1] if ids else None)
+        return [*ids, *added.ids]
 
     # --- tokens to a message ---
 
-    def parse(self, token_ids: Sequence[int]) -> Message:
+    def parse(self, token_ids: Sequence[int], *, calls: bool = True) -> Message:
         """A sampled assistant turn as a message: text, thinking and calls in the template's own syntax.
 
         Arguments that are no JSON object stay text. Control tokens that are no part of the syntax are left out.
+        Where no tools were offered (`calls` false) an answer that looks like a call is text.
         """
-        think, calls = self.traits.think_syntax, self.traits.call_syntax
-        syntax = " ".join([*((think.open, think.close) if think else ()), *((calls.mark, calls.close) if calls else ())])
-        dropped = {number for text, number in self._special.items() if text not in syntax} | self.stop_ids | {self.pad_id}
-        text = self.tokenizer.decode(
-            [number for number in token_ids if number not in dropped], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        syntax = self.traits.call_syntax if calls else None
+        reasoning, text = split_thinking(
+            self.decode([number for number in token_ids if number not in self._dropped[calls]]), self.traits.think_syntax
         )
-        reasoning, text = split_thinking(text, think)
         reasoning = reasoning if reasoning and reasoning.strip() else None  # Qwen3 marks "no thinking" by an empty block
-        content, found = split_calls(text.removeprefix(self.traits.lead), calls)
+        content, found = split_calls(text.removeprefix(self.traits.lead), syntax)
         return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=found)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Tokens as text, control tokens and all."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def reader(self, *, calls: bool = True) -> TurnReader:
+        """What reads a turn token by token, as it is sampled; what it gives never has to be taken back."""
+        syntax = self.traits.call_syntax if calls else None
+        return TurnReader(self.decode, self._dropped[calls], self.encoder.bytewise, self.traits.think_syntax, self.traits.lead, syntax)
+
+    @cached_property
+    def _dropped(self) -> dict[bool, frozenset[int]]:
+        """By whether calls are read: the control tokens that mark neither thinking nor a call, and are no text."""
+        think, call = self.traits.think_syntax, self.traits.call_syntax
+        marks = {False: [think.open, think.close] if think else []}
+        marks[True] = marks[False] + ([call.mark, call.close] if call else [])
+        return {
+            calls: frozenset(number for text, number in self._special.items() if not any(text in mark for mark in found))
+            | self.stop_ids
+            | {self.pad_id}
+            for calls, found in marks.items()
+        }
 
     # --- inside ---
 
@@ -238,7 +285,7 @@ class Template:
 
     def _render(self, chat: Chat, tools: list[dict[str, Any]] | None, generation: bool) -> str:
         try:
-            return self._compiled.render(messages=chat, tools=tools, documents=None, add_generation_prompt=generation, **self._roles)
+            return self._compiled.render(messages=chat, tools=tools, documents=None, add_generation_prompt=generation, **self.special_roles)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             roles = " ".join(item["role"] for item in chat)
             raise TemplateError(
@@ -262,25 +309,11 @@ class Template:
                 )
             chat[1], folded = chat[1].model_copy(update={"content": chat[0].content + "\n\n" + chat[1].content}), 1
             chat = chat[1:]
-        needs = {
-            "tools": bool(tools) and not traits.tools,
-            "calls": not traits.calls and any(message.tool_calls for message in chat),
-            "results": not traits.results and any(message.role == "tool" for message in chat),
-            "parallel calls": not traits.parallel and any(len(message.tool_calls) > 1 for message in chat),
-        }
-        for about, lacking in needs.items():
-            if lacking:
-                raise TemplateError(
-                    f"the chat template of {self.name} has no {about}",
-                    why=traits.faults.get(about, "it drops them"),
-                    do="use a template that renders them, for example temper/data/chatml.jinja, or remove them from the rows",
-                )
+        check_supported(self.name, traits, chat, tools)
         return chat, folded
 
-    def _encode(
-        self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, generation: bool
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """The tokens of a conversation, and for each assistant message its index and first token."""
+    def _encode(self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, generation: bool) -> Rendered:
+        """The conversation as text and tokens, and where each assistant turn starts."""
         chat, folded = self._admit(messages, tools)
         short, offered = self.traits.short_ids, to_tools(tools)
         dicts = to_chat(chat, short_ids=short)
@@ -288,48 +321,16 @@ class Template:
         check_kept(self.name, chat, text, thinking=not generation)
         numbers = [number for number, message in enumerate(chat) if message.role == "assistant"]
         strict = {number for number in numbers if chat[number].train is not False} if not generation else set()
-        starts = self._starts(dicts, offered, generation, text, numbers, strict)
-        ids, places = self.encoder.encode(text, list(starts.values()))
-        return ids, [(number + folded, place) for number, place in zip(starts, places, strict=True)]
+        why = self.traits.faults.get("history", "what is trained would not be what is sampled")
+        starts = Starts(self.name, self._render, dicts, offered, generation, text, self.traits.keeps_history, why).find(numbers, strict)
+        encoded = self.encoder.encode(text, list(starts.values()))
+        turns = [(number + folded, place, at) for (number, at), place in zip(starts.items(), encoded.places, strict=True)]
+        return Rendered(dicts, offered, folded, text, encoded, turns)
 
-    def _starts(
-        self, chat: Chat, tools: list[dict[str, Any]] | None, generation: bool, text: str, numbers: list[int], strict: set[int]
-    ) -> dict[int, int]:
-        """Where each assistant turn starts in `text`. Turns in `strict` must be rendered as they would be sampled."""
-        if not numbers:
-            return {}
-        prompts: dict[int, str] = {}
-        shift = 0
-        if tools and self.traits.keeps_history and (bare := self._without_tools(chat, generation, text, numbers[0], prompts)) is not None:
-            shift, text, tools = len(text) - len(bare), bare, None
-        starts = {}
-        for number in numbers:
-            prompt = prompts.get(number) or self._render(chat[:number], tools, True)
-            kept = text.startswith(prompt)
-            if (
-                kept
-                and number in strict
-                and not self.traits.keeps_history
-                and [item["role"] for item in chat[number + 1 : number + 2]] == ["user"]
-            ):
-                kept = text.startswith(self._render(chat[: number + 1], tools, False))
-            if kept:
-                starts[number] = len(prompt) + shift
-            elif number in strict:
-                raise TemplateError(
-                    f"the chat template of {self.name} renders assistant message {number} otherwise once later turns follow",
-                    why=self.traits.faults.get("history", "what is trained would not be what is sampled"),
-                    do="train only the turns after the last question (train: false on earlier answers), or " + REMEDY,
-                )
-        return starts
-
-    def _without_tools(self, chat: Chat, generation: bool, text: str, first: int, prompts: dict[int, str]) -> str | None:
-        """The text without tools, where they change nothing from turn `first` on: turns are found in it without rendering tools again."""
-        try:
-            bare, prompt = self._render(chat, None, generation), self._render(chat[:first], None, True)
-        except TemplateError:
-            return None
-        if not bare.startswith(prompt) or not text.endswith(bare[len(prompt) :]):
-            return None
-        prompts[first] = prompt
-        return bare
+    def _parts(self, row: Rendered, number: int, start: int, stop: int, parts: tuple[str, ...]) -> list[bool]:
+        """Which of the tokens start … stop−1, the turn of message `number`, hold any of `parts`."""
+        spans = self.encoder.spans(row.encoded)[start:stop]
+        at = next(at for index, _, at in row.turns if index == number)
+        turn = Turn(row.chat, number - row.folded, lambda chat: self._render(chat, row.tools, False), row.text, (at, spans[-1][1]))
+        trained = turn.spans_of(parts, self.traits.think_syntax)
+        return [any(first < end and begin < last for begin, end in trained) for first, last in spans]

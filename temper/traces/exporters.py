@@ -77,7 +77,7 @@ def preference_form(record: Record, where: str = "record") -> dict[str, Any]:
 
 
 def message_form(message: Message) -> dict[str, Any]:
-    """A message as OpenAI's chat format has it; `reasoning_content` and `weight` are its common extensions."""
+    """A message as OpenAI's chat format has it; `reasoning_content` and `weight` are its common extensions, `train` ours."""
     form: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
         form["reasoning_content"] = message.reasoning
@@ -91,7 +91,9 @@ def message_form(message: Message) -> dict[str, Any]:
         form["tool_call_id"] = message.tool_call_id
     if message.name is not None:
         form["name"] = message.name
-    if message.train is not None:
+    if isinstance(message.train, tuple):
+        form["train"] = list(message.train)
+    elif message.train is not None:
         form["weight"] = int(message.train)
     return form
 

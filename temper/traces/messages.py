@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
-from temper.core.records import Message, Role, ToolCall, ToolSpec
+from temper.core.records import Message, Part, Role, ToolCall, ToolSpec
 from temper.traces.rows import Row, check_text, describe, strict_json
 
 ROLES: dict[str, Role] = {
@@ -25,6 +25,7 @@ MESSAGE_KEYS = {
     "tool_call_id",
     "name",
     "weight",
+    "train",
     "refusal",
 }
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.S)
@@ -67,7 +68,7 @@ def openai_message(row: Row, item: Any, name: str) -> Message:
         tool_calls=calls,
         tool_call_id=_optional(row, item, "tool_call_id", name),
         name=_optional(row, item, "name", name),
-        train=_train(row, item.get("weight"), name),
+        train=_train(row, item, name),
     )
 
 
@@ -99,10 +100,19 @@ def _optional(row: Row, item: dict[str, Any], key: str, name: str) -> str | None
     return check_text(row, item[key], f"{name}.{key}") if item.get(key) is not None else None
 
 
-def _train(row: Row, weight: Any, name: str) -> bool | None:
+def _train(row: Row, item: dict[str, Any], name: str) -> bool | tuple[Part, ...] | None:
+    """What of a message is trained: `weight` 0 or 1, or the parts that `train` lists."""
+    weight, parts = item.get("weight"), item.get("train")
     if weight is not None and weight not in (0, 1):
         raise row.fault(f"{name}.weight is {weight!r}", why="a message is trained (1) or not (0)", do="write 0, 1, or nothing")
-    return None if weight is None else bool(weight)
+    if parts is None:
+        return None if weight is None else bool(weight)
+    known = get_args(Part)
+    if not isinstance(parts, list) or not parts or not set(map(str, parts)) <= set(known):
+        raise row.fault(f"{name}.train is {parts!r}", why="it lists the parts of a turn to train", do=f"list some of {', '.join(known)}")
+    if weight == 0:
+        raise row.fault(f"{name} has weight 0 and trains {parts}", why="the two contradict each other", do="give one of them")
+    return tuple(parts)
 
 
 def _calls(row: Row, value: Any, name: str) -> tuple[ToolCall, ...]:
@@ -212,10 +222,10 @@ def sharegpt_messages(row: Row, value: Any, name: str = "conversations") -> list
         place = f"{name}[{index}]"
         if not isinstance(item, dict):
             raise row.fault(f"{place} holds {describe(item)}", why="a turn is an object", do='write {"from": …, "value": …}')
-        row.unused |= {f"{name}[].{key}" for key in item.keys() - {"from", "value", "weight"} if item[key] not in (None, "", [], {})}
+        row.unused |= {f"{name}[].{key}" for key in item.keys() - {"from", "value", "weight", "train"} if item[key] not in (None, "", [], {})}
         role = _role(row, item.get("from"), place, SHAREGPT_ROLES)
         text = check_text(row, item.get("value"), f"{place}.value")
-        train = _train(row, item.get("weight"), place)
+        train = _train(row, item, place)
         if item["from"] == "function_call":
             messages.append(Message(role=role, tool_calls=_json_calls(row, text, f"{place}.value"), train=train))
         else:
@@ -223,7 +233,7 @@ def sharegpt_messages(row: Row, value: Any, name: str = "conversations") -> list
     return messages
 
 
-def _tagged(row: Row, role: Role, text: str, name: str, train: bool | None) -> list[Message]:
+def _tagged(row: Row, role: Role, text: str, name: str, train: bool | tuple[Part, ...] | None) -> list[Message]:
     if role == "assistant" and CALL.search(text):
         calls = tuple(call for found in CALL.findall(text) for call in _json_calls(row, found, name))
         return [Message(role=role, content=CALL.sub("", text).strip(), tool_calls=calls, train=train)]

@@ -1,4 +1,4 @@
-"""Golden conversations: each shape a template must render, and tokenizers to render them with."""
+"""Tokenizers of every family to render the golden conversations with, and what each family refuses."""
 
 from __future__ import annotations
 
@@ -6,55 +6,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from temper.core.records import Message, Provenance, Record, ToolCall, ToolSpec
+from temper.core.records import Message, Provenance, Record
+from temper.data.golden import AGAIN, ANSWER, ASK, CALL, GOLDEN, RESULT, SECOND_RESULT, SYSTEM, TOOLS, TWO_CALLS
 from temper.data.render import TODAY, to_chat
 from temper.data.template import Template
 from temper.data.tokenizer import train_tokenizer
 from tests.checkpoints import TEXTS, tiny_tokenizer
 
+__all__ = [
+    "AGAIN", "ANSWER", "ASK", "CALL", "CASES", "GOLDEN", "HERE", "KINDS", "LACKING", "RESULT", "SECOND_RESULT", "SYSTEM", "TOOLS", "TWO_CALLS",
+    "peer", "record", "template", "trained_text", "with_text",
+]  # fmt: skip
 HERE = Path(__file__).parent
-TOOLS = (
-    ToolSpec(
-        name="query_budget",
-        description="The budget of a department.",
-        parameters={
-            "type": "object",
-            "properties": {"department": {"type": "string"}, "quarter": {"type": "string", "enum": ["Q1", "Q2", "Q3", "Q4"]}},
-            "required": ["department", "quarter"],
-        },
-    ),
-    ToolSpec(
-        name="calculator",
-        parameters={
-            "type": "object",
-            "properties": {"expression": {"type": "string"}, "digits": {"type": "integer"}},
-            "required": ["expression"],
-        },
-    ),
-)
-SYSTEM = Message(role="system", content="You are the finance assistant of Lindow Freight.")
-ASK = Message(role="user", content="What is the Marketing budget for Q3?")
-CALL = Message(
-    role="assistant", tool_calls=(ToolCall(name="query_budget", arguments={"department": "Marketing", "quarter": "Q3"}, id="call_0001"),)
-)
-RESULT = Message(role="tool", content='{"budget": 120000}', tool_call_id="call_0001", name="query_budget")
-ANSWER = Message(role="assistant", content="The Marketing budget for Q3 is 120000.")
-AGAIN = Message(role="user", content="And for Sales?")
-TWO_CALLS = Message(
-    role="assistant",
-    tool_calls=(*CALL.tool_calls, ToolCall(name="calculator", arguments={"expression": "2 + 2", "digits": 0}, id="call_0002")),
-)
-SECOND_RESULT = Message(role="tool", content='{"result": 4}', tool_call_id="call_0002", name="calculator")
-
-GOLDEN: dict[str, tuple[tuple[Message, ...], tuple[ToolSpec, ...]]] = {
-    "single turn": ((ASK, ANSWER), ()),
-    "multi-turn": ((ASK, ANSWER, AGAIN, Message(role="assistant", content="It is 90000, é and 日本.")), ()),
-    "system": ((SYSTEM, ASK, ANSWER), ()),
-    "tool call": ((SYSTEM, ASK, CALL, RESULT, ANSWER), TOOLS),
-    "parallel calls": ((ASK, TWO_CALLS, RESULT, SECOND_RESULT, ANSWER), TOOLS),
-    "content beside a call": ((ASK, CALL.model_copy(update={"content": "I will look it up."}), RESULT, ANSWER), TOOLS),
-    "thinking": ((ASK, ANSWER.model_copy(update={"reasoning": "A lookup.\nEasy."})), ()),
-}
 LACKING = {  # what each family's template refuses or drops, as the real one does
     "llama": {"parallel calls", "content beside a call", "thinking"},
     "mistral": {"content beside a call", "thinking"},

@@ -10,7 +10,7 @@ from temper.core.errors import DataError, ManifestError, TemplateError
 from temper.core.hashing import hash_file
 from temper.core.records import Manifest, Message, Preference, Sampled
 from temper.core.storage import write_json, write_jsonl
-from temper.data.inspect import counts, difference, text_spans, token_spans
+from temper.data.inspect import counts, text_spans, token_diff, token_spans
 from temper.data.sequence import episode_sequence, load_manifest, preference_sequences, to_sequence
 from tests.data.conversations import AGAIN, ANSWER, ASK, CALL, RESULT, SYSTEM, TOOLS, TWO_CALLS, record, template
 
@@ -170,6 +170,6 @@ def test_inspection_shows_every_token_once():
     assert found.tokens == len(rows[0].tokens) + len(rows[1].tokens)
     assert found.supervised == 2 * rows[0].supervised
     assert counts([]).share == 0.0
-    assert difference([1, 2, 3], [1, 2, 3], MADE.tokenizer) == []
-    lines = difference(rows[0].tokens, rows[0].tokens[:-1], MADE.tokenizer)
-    assert [line for line in lines if line[0] in "+-"] == [f"- {len(rows[0].tokens) - 1:5d} {rows[0].tokens[-1]:6d} '\\n'"]
+    assert token_diff([1, 2, 3], [1, 2, 3], MADE.tokenizer) == []
+    lines = token_diff(rows[0].tokens, rows[0].tokens[:-1], MADE.tokenizer)
+    assert [line.shown() for line in lines if line.kind in "+-"] == [f"- {len(rows[0].tokens) - 1:5d} {rows[0].tokens[-1]:6d} '\\n'"]
