@@ -7,7 +7,7 @@ under another version of the tokenizer or of Jinja too.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from temper.core.errors import TemplateError
 from temper.core.hashing import hash_text
@@ -128,14 +128,23 @@ def read_card(folder: Path) -> TemplateCard | None:
         raise TemplateError(f"{file} is no template card", why=str(error).splitlines()[0], do="save the checkpoint again") from error
 
 
-def require_card(template: Template, folder: Path) -> None:
-    """Raise TemplateError where `template` is not the one pinned in `folder`, or no longer renders as it did.
+class Templated(Protocol):
+    """What has a template, made when it is asked for."""
+
+    @property
+    def template(self) -> Template:
+        """The template. Raises TemplateError where the tokenizer has none."""
+
+
+def require_card(model: Templated, folder: Path) -> None:
+    """Raise TemplateError where the template of `model` is not the one pinned in `folder`, or no longer renders as it did.
 
     A folder without a card, from another program, says nothing and is taken as it is.
     """
     kept = read_card(folder)
     if kept is None:
         return
+    template = model.template
     if kept.fingerprint != template.fingerprint:
         part = (
             "text"

@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from temper.core.errors import ConfigError, DataError, IntegrityError, ShapeError
 from temper.core.storage import FILES, read_json, verify_folder, whole_folder, write_json
 from temper.data.batch import Batch
+from temper.data.golden import require_card, write_card
 from temper.data.layout import Kind, Layout
 from temper.data.template import Template
 from temper.policy import adapters, peft_format
 from temper.policy.adapters import LoraConfig, Merge, Router
+from temper.policy.bars import only_slow_ones
 from temper.policy.hardware import Precision, choose_device, choose_precision, keep_freed_memory
 from temper.policy.head import Divergence, Head, cross_entropy, divergence, token_values
 from temper.policy.inputs import decoder_inputs, scatter, support_of
@@ -33,7 +35,7 @@ from temper.policy.products import prefer_onednn
 from temper.policy.recompute import decoder_layers, recomputing
 
 log = logging.getLogger("temper.policy")
-IDENTITY = "temper.json"  # beside the weights: their hash and the template's fingerprint
+IDENTITY = "temper.json"  # beside the weights: their hash
 PROBE_TOKENS, PROBE_TOLERANCE = 4, 1e-3
 
 
@@ -78,6 +80,7 @@ class Policy:
         folder = Path(path)
         if verify and (folder / FILES).is_file():
             verify_folder(folder)
+        only_slow_ones()
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
             loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, output_loading_info=True)
@@ -103,6 +106,7 @@ class Policy:
                     why=f"recorded {recorded[:16]}, found {found[:16]}",
                     do="restore the folder, or run again the stage that wrote it",
                 )
+        require_card(policy, folder)
         log.info("policy %s on %s in %s (%s)", path, where, str(dtype).removeprefix("torch."), reason)
         return policy
 
@@ -255,6 +259,7 @@ class Policy:
         path = Path(folder)
         if (path / FILES).is_file():
             verify_folder(path)
+        require_card(self, path)
         self.freeze_base()
         recorded = peft_format.load_adapter(self.model, self.router, self.model.get_output_embeddings(), name, path)
         found = self.adapter_hash(name)
@@ -279,6 +284,7 @@ class Policy:
             peft_format.save_adapter(
                 self.model, self.model.get_output_embeddings(), name, scratch, base=self.path, base_hash=self.weights_hash()
             )
+            write_card(self.tokenizer, scratch)
 
     def remove_adapter(self, name: str) -> None:
         """Forget adapter `name`."""
@@ -346,6 +352,7 @@ class Policy:
             state = {name: value for name, value in self.model.state_dict().items() if name in names}
             self.model.save_pretrained(scratch, state_dict=state)
             self.tokenizer.save_pretrained(scratch)
+            write_card(self.tokenizer, scratch)
             write_json(scratch / IDENTITY, {"weights_hash": self.weights_hash()})
 
     def clone_reference(self) -> Policy:
