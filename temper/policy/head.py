@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from temper.core.errors import ShapeError
-from temper.policy.products import accurate_times_transposed, times
+from temper.policy.products import accurate_times_transposed, add_times_, times
 from temper.policy.support import Support
 
-TILE_LOGITS = 1 << 20  # float32 logits of one tile: 4 MiB, a few of which stay in a core's share of the cache
+TILE_LOGITS = 1 << 22  # float32 logits of one tile: 16 MiB; smaller ones stay in the cache and multiply at two thirds of the rate
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ class _Gradients:
         if self.hidden_N_D is not None:
             self.hidden_N_D[rows] = times(grad_R_V, self.weight_V_D)
         if self.grad_weight_V_D is not None and self.input_N_D is not None:
-            self.grad_weight_V_D += times(grad_R_V.T, self.input_N_D[rows])
+            add_times_(self.grad_weight_V_D, grad_R_V.T, self.input_N_D[rows])
 
     def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dH, dW, db), times `factor` where given, in the dtypes of what they belong to."""

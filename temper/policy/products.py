@@ -60,7 +60,17 @@ def times_transposed(left_N_K: Tensor, right_M_K: Tensor) -> Tensor:
 
 def times(left_N_K: Tensor, right_K_M: Tensor) -> Tensor:
     """`left @ right`, outside autograd."""
+    if prefer_onednn():
+        return left_N_K @ right_K_M  # in oneDNN already; the other way would copy `right` transposed, a head's whole matrix for each tile
     return times_transposed(left_N_K, right_K_M.T)
+
+
+def add_times_(sum_N_M: Tensor, left_N_K: Tensor, right_K_M: Tensor) -> None:
+    """`sum += left @ right` in place, outside autograd; of one dtype the product itself sums: one pass over `sum`, not three."""
+    if sum_N_M.dtype is left_N_K.dtype:
+        sum_N_M.addmm_(left_N_K, right_K_M)
+    else:
+        sum_N_M += times(left_N_K, right_K_M)
 
 
 def accurate_times_transposed(left_N_K: Tensor, right_M_K: Tensor, dtype: torch.dtype) -> Tensor:
