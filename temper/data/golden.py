@@ -96,7 +96,7 @@ def pinned(template: Template, conversation: Conversation) -> Pinned:
     try:
         row, text = template.supervise(messages, tools), template.render(messages, tools)
     except TemplateError as error:
-        return Pinned(refused=error.what)
+        return Pinned(refused=error.what.replace(f" of {template.name}", ""))  # a folder may be renamed
     return Pinned(text=text, ids=tuple(row.tokens), trained=tuple(map(int, row.mask)))
 
 

@@ -68,7 +68,7 @@ class TokenLine:
 
 def token_lines(ids: Rows[int], tokenizer: Any, trained: Rows[bool] | None = None) -> list[TokenLine]:
     """A row token by token."""
-    texts = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts = [tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False) for token in ids]
     flags: Rows[bool | None] = [None] * len(ids) if trained is None else trained
     return [TokenLine("=", *each) for each in zip(range(len(ids)), ids, texts, flags, strict=True)]
 
