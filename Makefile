@@ -7,6 +7,10 @@ TORCH := torch==2.13.0
 # Further pip arguments for torch alone: a CPU-only index, or a GPU one.
 TORCH_ARGS ?=
 TESTS ?= tests
+# What `make bench` measures (empty: everything), further arguments for it, and the peer's own environment.
+WORKLOADS ?=
+BENCH_ARGS ?=
+PEER := .venv-peer
 
 .PHONY: help demo demo-quick test lint bench install install-dev clean
 
@@ -28,14 +32,14 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy.
 	$(BIN)/ruff check .
 	$(BIN)/mypy temper
 
-bench: $(VENV)/.installed-dev  ## Every benchmark; each prints its own table.
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(VENV)/.installed-dev $(PEER)/.installed  ## Training speed against TRL; some of it: make bench WORKLOADS=sft_full,dpo
+	$(BIN)/python benchmarks/training/run.py --peer $(PEER)/bin/python --workloads "$(WORKLOADS)" $(BENCH_ARGS)
 
 install: $(VENV)/.installed-demo  ## What the demo needs.
 install-dev: $(VENV)/.installed-dev  ## What tests and lint need.
 
-clean:  ## Forget the virtual environment and the tools' caches; runs/ stays.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+clean:  ## Forget the virtual environments and the tools' caches; runs/ stays.
+	rm -rf $(VENV) $(PEER) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
 # Every later step reuses this Python, so its version is looked at before anything is made with it.
 $(BIN)/python:
@@ -53,4 +57,12 @@ $(VENV)/.installed-demo: constraints.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	$(PIP) -e ".[dev,demo]"
+	@touch $@
+
+# TRL wants versions of its own, so it never shares an environment with temper.
+$(PEER)/.installed: benchmarks/peer-constraints.txt | $(BIN)/python
+	@echo "installing TRL and what it needs into $(PEER): once, a few minutes"
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_ARGS) "$(TORCH)"
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/peer-constraints.txt trl peft
 	@touch $@
