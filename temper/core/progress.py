@@ -15,6 +15,13 @@ SHOW_AFTER_S = 2.0
 LINE_EVERY_S = 15.0
 
 console = Console(stderr=True)
+shown_here = True
+
+
+def silence() -> None:
+    """Show nothing in this process from now on: of several that do one work, one shows it."""
+    global shown_here
+    shown_here = False
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
@@ -22,6 +29,9 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
 
     Nothing is shown for work that ends within two seconds.
     """
+    if not shown_here:
+        yield from items
+        return
     if total is None:
         items = list(items)
         total = len(items)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from temper.core.errors import IntegrityError
 from temper.core.hashing import hash_folder, hash_value
@@ -66,11 +66,27 @@ def versions() -> dict[str, str]:
     return found
 
 
+Metrics = dict[str, float | int | str | None]
+
+
+class Tracker(Protocol):
+    """Where metrics go besides metrics.jsonl."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Take the metrics of one step. Steps rise, but for a resume, which logs its first steps again."""
+        ...
+
+    def close(self) -> None:
+        """The run is finished: flush."""
+        ...
+
+
 class RunDirectory:
     """Where one stage writes. Made by `create`; `key` names the work, so equal work is done once."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
+        self.trackers: tuple[Tracker, ...] = ()
 
     @classmethod
     def create(
@@ -109,12 +125,16 @@ class RunDirectory:
         seconds = round(time.monotonic() - started, 3)
         write_json(self.path / "done.json", {"key": self.key, "result": result, "seconds": seconds})
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        for tracker in self.trackers:
+            tracker.close()
         return result
 
-    def log(self, step: int, metrics: dict[str, float | int | str | None]) -> None:
-        """Append one line to metrics.jsonl."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append one line to metrics.jsonl, and tell the trackers."""
         with disk_errors(self.path), (self.path / "metrics.jsonl").open("a") as handle:
             handle.write(json.dumps({"step": step, **metrics}) + "\n")
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl; the torn last line of a killed run is passed over."""

@@ -27,6 +27,7 @@ from temper.rollout.environment import Environment, Task
 from temper.rollout.episodes import collect
 from temper.train.estimate import PROBE_BELOW, Estimate, estimate_rows
 from temper.train.learner import Learner
+from temper.train.shared_run import write_output
 from temper.train.stage import (
     StageConfig,
     checkpoint_hash,
@@ -111,9 +112,7 @@ def run(cfg: Config) -> dict[str, Any]:
             metrics["dev_divergence"] = mean_divergence(student, teacher, cfg)
         folder.log(learner.step, rounded(metrics))
         keep(folder, learner, cfg)
-    with folder.folder("model") as scratch:
-        student.save(scratch)
-    path, sizes = str(folder.path / "model"), [count_parameters(student.model), count_parameters(teacher.model)]
+    path, sizes = str(write_output(folder, "model", student.model, student.save)), [count_parameters(student.model), count_parameters(teacher.model)]
     facts = {"student_parameters": sizes[0], "teacher_parameters": sizes[1], "steps": steps, "metrics": rounded(metrics)}
     return folder.finish({"model": path, "hash": checkpoint_hash(path), **facts}, started)
 

@@ -1,8 +1,8 @@
 """`Learner`: the four verbs every stage loops over: forward_backward, optim_step, save, load.
 
-The learner owns the denominator: it is counted over the whole optimizer batch before the first backward, so
-that neither the size of a micro-batch nor the order of rows can change a gradient. It never learns the name
-of an algorithm: a loss is a function of one batch that returns sums.
+The learner owns the denominator: it is counted over the whole optimizer batch and all ranks before the first
+backward, so that neither the size of a micro-batch, nor the order of rows, nor the number of processes can change
+a gradient. It never learns the name of an algorithm: a loss is a function of one batch that returns sums.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from temper.core.config import Config
-from temper.core.errors import DataError, IntegrityError, ShapeError, TemperError
+from temper.core.errors import DataError, ShapeError, TemperError
 from temper.core.hashing import stream_seed
-from temper.core.storage import read_json, write_json
 from temper.data.batch import Batch
 from temper.policy.losses import LossOut
+from temper.train import checkpoint, parallel
 from temper.train.cost import Cost
 
 Loss = Callable[[Batch], LossOut]
@@ -90,20 +89,37 @@ def rows(batch: Batch) -> float:
 
 
 class Learner:
-    """Owns gradients, optimizer, schedule and random streams of one `policy`; `step` counts optimizer steps."""
+    """Owns gradients, optimizer, schedule and random streams of one `policy`; `step` counts optimizer steps.
+
+    Under torchrun every rank makes one, is given the same batches, and takes its share of them; the weights are
+    sharded here, before the optimizer sees them.
+    """
 
     def __init__(self, policy: Any, optim: OptimConfig, total_steps: int, *, seed: int = 0) -> None:
         self.policy, self.optim, self.total_steps, self.seed = policy, optim, total_steps, seed
-        self.parameters: dict[str, nn.Parameter] = policy.trainable_parameters()
-        if not self.parameters:
+        if not policy.trainable_parameters():
             raise DataError("nothing to train", why="every parameter is frozen", do="add an adapter, or load the policy without freeze_base")
-        self.optimizer = torch.optim.AdamW(decay_groups(policy.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         self.cost = Cost.of(policy)
+        if parallel.world() > 1:
+            parallel.shard(policy)
+        self.parameters: dict[str, nn.Parameter] = policy.trainable_parameters()
+        self.optimizer = torch.optim.AdamW(decay_groups(policy.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        self.held: dict[str, Tensor] = {}
         self.step = 0
         self.memory: dict[str, Any] = {}  # what a stage must remember across a resume, in JSON's types
         self.streams: dict[str, random.Random] = {}
         self._pending: dict[str, float] | None = None
-        torch.manual_seed(stream_seed(seed, "torch"))
+        self.seed_torch()
+
+    def seed_torch(self) -> None:
+        """Start torch's generators: rank 0's as on one process, the others' each on its own, so that dropout differs."""
+        torch.manual_seed(stream_seed(self.seed, "torch", *([parallel.rank()] if parallel.rank() else [])))
+
+    def hold(self, weight: nn.Parameter, moves: Tensor) -> None:
+        """Let only the entries of `weight` move where `moves` (bool, broadcast over it) is true; frozen weights never do."""
+        for name, trained in self.parameters.items():
+            if trained is weight:
+                self.held[name] = parallel.spread_like(moves.expand(trained.shape).contiguous(), trained)
 
     def stream(self, name: str) -> random.Random:
         """The named random stream; its state is part of a checkpoint."""
@@ -120,32 +136,39 @@ class Learner:
         if self._pending is not None:
             raise ShapeError("forward_backward was called twice in one optimizer step", why="each call divides by the count of its own batches",
                              do="pass all micro-batches of the step in one call")  # fmt: skip
-        started = time.perf_counter()
-        denominator = math.fsum(count(batch) for batch in batches)
-        if denominator <= 0:
-            raise DataError(f"step {self.step} has nothing to learn from", why=f"its {len(batches)} batches hold no supervised token")
-        sums: dict[str, list[Tensor]] = {}
-        for batch in batches:
-            out = loss(batch.to(self.policy.device))
-            (out.total / denominator).backward()
-            for name, value in {"total": out.total, "count": out.count, **out.sums}.items():
-                sums.setdefault(name, []).append(value.detach())  # read only after the last backward: no wait for the device in between
-        found = {name: math.fsum(float(value) for value in values) for name, values in sums.items()}
+        started, world = time.perf_counter(), parallel.world()
+        mine = parallel.share(batches)
+        with parallel.together(f"step {self.step}"):
+            whole = parallel.summed({"denominator": math.fsum(map(count, mine)), "tokens": sum(batch.tokens_real for batch in mine),
+                                     "supervised": sum(int(batch.mask_B_T.sum()) for batch in mine), "flops": sum(map(self.cost.flops, mine))})  # fmt: skip
+            denominator = whole["denominator"]
+            if denominator <= 0:
+                raise DataError(f"step {self.step} has nothing to learn from", why=f"its {len(batches)} batches hold no supervised token")
+            sums: dict[str, list[Tensor]] = {}
+            for number in range(-(-len(batches) // world)):
+                # a rank that runs out of batches goes on gathering weights for the others, with a gradient of zero
+                real = number < len(mine)
+                out = loss((mine[number] if real else batches[0]).to(self.policy.device))
+                (out.total * (1 / denominator if real else 0.0)).backward()
+                for name, value in {"total": out.total, "count": out.count, **out.sums}.items():
+                    sums.setdefault(name, []).extend([value.detach()] if real else [])  # read after the last backward: no wait in between
+            found = parallel.summed({name: math.fsum(float(value) for value in values) for name, values in sums.items()})
         total, counted = found.pop("total"), found.pop("count")
         if not math.isfinite(total):
             raise DivergedError(f"the loss of step {self.step} is {total}", why=f"learning rate {self.rate():.3g}, {len(batches)} batches",
                                 do="lower optim.lr, lengthen optim.warmup_share, or lower optim.clip")  # fmt: skip
-        tokens = sum(batch.tokens_real for batch in batches)
-        self._pending = {"started": started, "flops": sum(self.cost.flops(batch) for batch in batches), "tokens": tokens}
+        tokens, supervised = int(whole["tokens"]), int(whole["supervised"])
+        self._pending = {"started": started, "flops": whole["flops"], "tokens": tokens}
         metrics = {name: value / max(1.0, counted) for name, value in found.items()}
-        return {"loss": total / denominator, **metrics, "tokens": tokens, "supervised": sum(int(batch.mask_B_T.sum()) for batch in batches)}
+        return {"loss": total / denominator, **metrics, "tokens": tokens, "supervised": supervised}
 
     def optim_step(self) -> dict[str, float]:
         """Clip, step, clear the gradients, bump the policy's version; return rate, norm and speed."""
         if self._pending is None:
             raise ShapeError("optim_step has no gradient", do="call forward_backward first")
-        rate, clip = self.rate(), self.optim.clip
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip))
+        rate = self.rate()
+        with parallel.together(f"the update of step {self.step}"):
+            norm = self._clipped()
         if not math.isfinite(norm):
             raise DivergedError(f"the gradient norm of step {self.step} is {norm}", do="lower optim.lr, or look at the rows of this step")
         for group in self.optimizer.param_groups:
@@ -153,9 +176,20 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - self._pending["started"]
-        speed = {"step_s": seconds, "tokens_per_s": self._pending["tokens"] / seconds, "limit_share": self._pending["flops"] / seconds / self.cost.limit}
+        limit = self.cost.limit * parallel.world()
+        speed = {"step_s": seconds, "tokens_per_s": self._pending["tokens"] / seconds, "limit_share": self._pending["flops"] / seconds / limit}
         self._advance()
         return {"lr": rate, "grad_norm": norm, **speed}
+
+    def _clipped(self) -> float:
+        """The norm of the whole gradient, over all ranks, before it is clipped in place."""
+        for name, moves in self.held.items():
+            weight = self.parameters[name]
+            if weight.grad is not None:
+                weight.grad = torch.where(moves, weight.grad, torch.zeros_like(weight.grad))
+        clip = self.optim.clip
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def skip(self) -> None:
         """Count an optimizer step that had nothing to learn from; the schedule moves on."""
@@ -173,39 +207,23 @@ class Learner:
         self.policy.version += 1
 
     def save(self, folder: Path) -> None:
-        """Write trained weights, optimizer, step, sampler position and every random stream into `folder`."""
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in self.parameters.items()}
-        save_file(weights, folder / "trained.safetensors")
-        moments = {f"{name}|{key}": value.detach().cpu().contiguous() for name, key, value in self._moments()}
-        save_file(moments | {f"rng|{name}": state for name, state in torch_streams().items()}, folder / "optimizer.safetensors")
+        """Write trained weights, optimizer, step, sampler position and every random stream into `folder`; all ranks call it."""
         streams = {name: stream.getstate() for name, stream in self.streams.items()}
-        write_json(folder / "state.json", {"step": self.step, "total_steps": self.total_steps, "version": self.policy.version,
-                                           "streams": streams, "memory": self.memory})  # fmt: skip
+        state = {"step": self.step, "total_steps": self.total_steps, "version": self.policy.version, "streams": streams, "memory": self.memory}
+        checkpoint.write(folder, self.parameters, checkpoint.moments_of(self.optimizer, self.parameters), state)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, to the bit. Raises IntegrityError where it belongs to other weights."""
-        weights, moments, state = load_file(folder / "trained.safetensors"), load_file(folder / "optimizer.safetensors"), read_json(folder / "state.json")
-        if weights.keys() != self.parameters.keys() or state["total_steps"] != self.total_steps:
-            odd = sorted(weights.keys() ^ self.parameters.keys())[:3]
-            raise IntegrityError(f"checkpoint {folder} is of another run", why=f"{state['total_steps']} steps against {self.total_steps}; weights that differ: {odd}",
-                                 do="remove the run folder and start again")  # fmt: skip
-        with torch.no_grad():
-            for name, weight in self.parameters.items():
-                weight.copy_(weights[name])
+        """Restore what `save` wrote, on any number of ranks; on as many as wrote it, to the bit.
+
+        Raises IntegrityError where it belongs to other weights.
+        """
+        state, moments = checkpoint.read(folder, self.parameters, self.total_steps)
         for key, value in moments.items():
             name, _, field = key.rpartition("|")
-            if name != "rng":
-                weight = self.parameters[name]
-                self.optimizer.state[weight][field] = value.to(weight.device)
-        restore_torch_streams({key.removeprefix("rng|"): value for key, value in moments.items() if key.startswith("rng|")})
+            self.optimizer.state[self.parameters[name]][field] = value
         for name, (kind, values, gauss) in state["streams"].items():
             self.stream(name).setstate((kind, tuple(values), gauss))
         self.step, self.memory, self.policy.version = state["step"], state["memory"], state["version"]
-
-    def _moments(self) -> Iterator[tuple[str, str, Tensor]]:
-        for name, weight in self.parameters.items():
-            for key, value in self.optimizer.state.get(weight, {}).items():
-                yield name, key, value
 
 
 def decay_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
@@ -216,16 +234,3 @@ def decay_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     chosen = {id(weight) for weight in decayed}
     kept = [weight for weight in weights if id(weight) not in chosen]
     return [group for group in ({"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}) if group["params"]]
-
-
-def torch_streams() -> dict[str, Tensor]:
-    """The state of torch's own generators: the CPU's, and the current CUDA device's where there is one."""
-    states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
-
-
-def restore_torch_streams(states: dict[str, Tensor]) -> None:
-    """Put torch's generators back to what `torch_streams` read."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -15,6 +15,7 @@ from temper.policy.scalar_head import RewardModel
 from temper.train.estimate import Estimate, estimate_rows
 from temper.train.learner import Learner
 from temper.train.preference import Pair, collate_pairs, count_pairs, lengths, pairs_of
+from temper.train.shared_run import write_output
 from temper.train.stage import (
     StageConfig,
     checkpoint_hash,
@@ -61,9 +62,7 @@ def run(cfg: Config) -> dict[str, Any]:
             metrics |= measure(judge, heldout, cfg)
         folder.log(learner.step, rounded(metrics))
         keep(folder, learner, cfg)
-    with folder.folder("reward_model") as scratch:
-        judge.save(scratch)
-    path = str(folder.path / "reward_model")
+    path = str(write_output(folder, "reward_model", judge.model, judge.save))
     return folder.finish({"reward_model": path, "hash": checkpoint_hash(path), "pairs": len(pairs), "steps": len(plan), "metrics": rounded(metrics)}, started)
 
 

@@ -56,11 +56,11 @@ def run(cfg: Config) -> dict[str, Any]:
         return folder.result()
     policy = prepare(cfg)
     rows = sequences(load_records(cfg.data)[1], policy, cfg)
-    if cfg.hold_unseen:
-        hold_unseen(policy, rows)
     dev = sequences(load_records(cfg.dev)[1], policy, cfg) if cfg.dev else []
     plan = plan_steps([len(row.tokens) for row in rows], cfg)
     learner = Learner(policy, cfg.optim, len(plan), seed=cfg.seed)
+    if cfg.hold_unseen:
+        hold_unseen(learner, rows)
     metrics: dict[str, Any] = {}
     for step in track(range(resume(folder, learner), len(plan)), f"sft {cfg.out}"):
         batches = [collate([rows[row] for row in micro], policy.template.pad_id) for micro in plan[step]]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import random
-import sys
 from collections.abc import Sequence as Rows
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,10 @@ from temper.data.template import Template
 from temper.policy.adapters import LoraConfig
 from temper.policy.model import Policy
 from temper.rollout.environment import Environment, Task
+from temper.train import parallel
 from temper.train.learner import Learner, OptimConfig
+from temper.train.shared_run import SharedRun, say, write_output
+from temper.train.trackers import open_trackers
 
 Plan = list[list[list[int]]]  # optimizer steps, each a list of micro-batches, each a list of row numbers
 
@@ -51,6 +54,8 @@ class StageConfig(Config):
     epochs: float = Field(1.0, gt=0, description="passes over the rows")
     steps: int | None = Field(None, gt=0, description="optimizer steps; overrides epochs")
     checkpoint_every: int = Field(50, gt=0, description="optimizer steps between checkpoints")
+    recompute: bool = Field(False, description="activation checkpointing: less memory for more operations; what it costs is printed")
+    trackers: tuple[str, ...] = Field((), description="where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio")
 
 
 class AdaptableConfig(StageConfig):
@@ -67,12 +72,22 @@ class AdaptableConfig(StageConfig):
 
 
 def open_run(cfg: StageConfig, stage: str, inputs: dict[str, str]) -> RunDirectory:
-    """The run directory of this work, named by the config and the `inputs`' hashes. Says so where it is already done."""
-    run = RunDirectory.create(Path(cfg.out), stage=stage, config=cfg.model_dump(mode="json"), inputs=inputs)
+    """The run directory of this work, named by the config and the `inputs`' hashes. Says so where it is already done.
+
+    Where torchrun started several processes, they join here and share it.
+    """
+    parallel.join(cfg.device)
+    shared = SharedRun if parallel.world() > 1 else RunDirectory
+    with parallel.rank_zero_first():
+        # where metrics are sent besides changes no weight, so it does not name the work
+        run = shared.create(Path(cfg.out), stage=stage, config=cfg.model_dump(mode="json", exclude={"trackers"}), inputs=inputs)
     if run.done:
-        print(f"unchanged: {stage} in {cfg.out} (key {run.key[:12]})", file=sys.stderr)
-    elif cfg.threads is not None:
+        say(f"unchanged: {stage} in {cfg.out} (key {run.key[:12]})")
+        return run
+    if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    if parallel.rank() == 0:
+        run.trackers = open_trackers(cfg.trackers, run, stage, cfg.model_dump(mode="json"))
     return run
 
 
@@ -99,7 +114,9 @@ def manifest_hash(path: str) -> str:
 def load_policy(cfg: StageConfig, path: str | None = None) -> Policy:
     """The policy at `path` (default: the stage's base) in the stage's precision, with the random streams at their start."""
     torch.manual_seed(stream_seed(cfg.seed, "init"))
-    return Policy.load(path or cfg.base, precision=cfg.precision, device=cfg.device)
+    policy = Policy.load(path or cfg.base, precision=cfg.precision, device=cfg.device)
+    policy.recompute = cfg.recompute
+    return policy
 
 
 def prepare(cfg: AdaptableConfig) -> Policy:
@@ -116,29 +133,24 @@ def prepare(cfg: AdaptableConfig) -> Policy:
     return policy
 
 
-def hold_unseen(policy: Policy, rows: Rows[Sequence]) -> None:
+def hold_unseen(learner: Learner, rows: Rows[Sequence]) -> None:
     """Keep the embeddings of tokens that no row holds as they are.
 
     The softmax pushes every token that is not the target away, so a word that never stands in the rows would
     be unlearnt as something to say: a small model then cannot copy it from a request.
     """
-    embeddings: Any = policy.model.get_input_embeddings()
-    table = embeddings.weight
-    seen_V = torch.zeros(table.shape[0], 1, dtype=torch.bool, device=table.device)
-    seen_V[sorted({token for row in rows for token in row.tokens})] = True
-    if table.requires_grad:
-        table.register_hook(lambda grad_V_D: grad_V_D.where(seen_V, 0.0))
+    table = learner.policy.model.get_input_embeddings().weight
+    seen_V_1 = torch.zeros(table.shape[0], 1, dtype=torch.bool, device=table.device)
+    seen_V_1[sorted({token for row in rows for token in row.tokens})] = True
+    learner.hold(table, seen_V_1)
 
 
 def save_trained(run: RunDirectory, policy: Policy, cfg: AdaptableConfig) -> dict[str, Any]:
     """Write `model/` or `adapter/`, whatever was trained; return its path and hash."""
     name = "adapter" if cfg.trains else "model"
-    with run.folder(name) as scratch:
-        if cfg.trains:
-            policy.save_adapter(cfg.trains, scratch)
-        else:
-            policy.save(scratch)
-    return {name: str(run.path / name), "hash": checkpoint_hash(str(run.path / name))}
+    adapter = cfg.trains
+    path = str(write_output(run, name, policy.model, partial(policy.save_adapter, adapter) if adapter else policy.save))
+    return {name: path, "hash": checkpoint_hash(path)}
 
 
 def load_environment(name: str, options: dict[str, Any]) -> Environment:
@@ -197,7 +209,7 @@ def plan_steps(lengths: Rows[int], cfg: StageConfig, *, rows_of_step: int | None
             order = order[: max(1, round(budget * len(order)))]
         for rows in cut(order, lengths, cfg.tokens_per_step, rows_of_step):
             batches = plan_batches([lengths[row] for row in rows], cfg.tokens_per_batch, rng)
-            total.append([[rows[at] for at in batch] for batch in batches])
+            total.append(parallel.spread([[rows[at] for at in batch] for batch in batches]))
         epoch, budget = epoch + 1, budget - 1
     return total[:wanted]
 
@@ -223,7 +235,7 @@ def resume(run: RunDirectory, learner: Learner) -> int:
     found = run.latest()
     if found is not None:
         learner.load(found[1])
-        print(f"going on from step {learner.step} of {learner.total_steps} in {run.path}", file=sys.stderr)
+        say(f"going on from step {learner.step} of {learner.total_steps} in {run.path}")
     run.rewind_metrics(learner.step)
     return learner.step
 

@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_nothing_half_written(base, tmp_path, monkeypatch) ->
     from safetensors import SafetensorError
 
     from temper.core.errors import StorageError
-    from temper.train import learner
+    from temper.train import checkpoint
 
     cfg = preference.Config(out=str(tmp_path / "out"), base=base, data=manifest(tmp_path / "pairs", pairs(24)), pairs_per_step=4, **SMALL)
 
@@ -146,11 +146,11 @@ def test_a_full_disk_leaves_nothing_half_written(base, tmp_path, monkeypatch) ->
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    save_file = learner.save_file
-    monkeypatch.setattr(learner, "save_file", full)
+    save_file = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(StorageError, match="no space left") as told:
         preference.run(cfg)
     assert "goes on from the last checkpoint" in told.value.do
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == []
-    monkeypatch.setattr(learner, "save_file", save_file)
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
     assert preference.run(cfg)["steps"] == 6
