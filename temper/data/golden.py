@@ -7,11 +7,12 @@ under another version of the tokenizer or of Jinja too.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from temper.core.errors import TemplateError
 from temper.core.hashing import hash_text
 from temper.core.records import Message, Noun, ToolCall, ToolSpec
+from temper.core.reports import Finding
 from temper.core.storage import read_json, write_json
 from temper.data.inspect import token_diff
 from temper.data.template import Template
@@ -128,23 +129,15 @@ def read_card(folder: Path) -> TemplateCard | None:
         raise TemplateError(f"{file} is no template card", why=str(error).splitlines()[0], do="save the checkpoint again") from error
 
 
-class Templated(Protocol):
-    """What has a template, made when it is asked for."""
-
-    @property
-    def template(self) -> Template:
-        """The template. Raises TemplateError where the tokenizer has none."""
-
-
-def require_card(model: Templated, folder: Path) -> None:
-    """Raise TemplateError where the template of `model` is not the one pinned in `folder`, or no longer renders as it did.
+def require_card(tokenizer: Any, folder: Path) -> None:
+    """Raise TemplateError where the template of `tokenizer` is not the one pinned in `folder`, or no longer renders as it did.
 
     A folder without a card, from another program, says nothing and is taken as it is.
     """
     kept = read_card(folder)
     if kept is None:
         return
-    template = model.template
+    template = Template.of(tokenizer)
     if kept.fingerprint != template.fingerprint:
         part = (
             "text"
@@ -168,3 +161,17 @@ def require_card(model: Templated, folder: Path) -> None:
                 do="install the versions of transformers, tokenizers and Jinja2 that the checkpoint was saved with (its run.json names them), or "
                 + REMEDY,
             )
+
+
+def card_findings(template: Template, folder: Path) -> Finding:
+    """Whether `template` does what was pinned beside the weights, as a line of the contract."""
+    required = "the fingerprint and every golden conversation are what the weights were trained with"
+    if read_card(folder) is None:
+        return Finding(
+            rule="pinned", status="unknown", observed="no card", required=required, reason=f"there is no {PIN} beside the weights"
+        )
+    try:
+        require_card(template.tokenizer, folder)
+    except TemplateError as error:
+        return Finding(rule="pinned", status="fail", observed="no", required=required, reason=f"{error.what}: {error.why}")
+    return Finding(rule="pinned", status="pass", observed="yes", required=required, reason="")

@@ -106,7 +106,7 @@ class Policy:
                     why=f"recorded {recorded[:16]}, found {found[:16]}",
                     do="restore the folder, or run again the stage that wrote it",
                 )
-        require_card(policy, folder)
+        require_card(tokenizer, folder)
         log.info("policy %s on %s in %s (%s)", path, where, str(dtype).removeprefix("torch."), reason)
         return policy
 
@@ -259,7 +259,7 @@ class Policy:
         path = Path(folder)
         if (path / FILES).is_file():
             verify_folder(path)
-        require_card(self, path)
+        require_card(self.tokenizer, path)
         self.freeze_base()
         recorded = peft_format.load_adapter(self.model, self.router, self.model.get_output_embeddings(), name, path)
         found = self.adapter_hash(name)

@@ -19,7 +19,7 @@ from temper.core.storage import write_json
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "run", "evaluate", "gate", "releases list", "releases show", "releases promote", "releases rollback", "releases history",
-    "releases verify", "serve", "chat", "config schema", "data inspect", "data admit", "data formats", "data hash", "template check",
+    "releases verify", "serve", "chat", "config schema", "data inspect", "data admit", "data formats", "data hash", "template check", "template diff",
 )  # fmt: skip
 RULE = "alpha: 0.05\nmin_count: 5\ncoverage: 1.0\ntargets:\n  - {metric: tools.recall, min: 0.5, by: point}\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,74 @@ def test_template_check_of_nothing(temper, tmp_path):
     code, _, err = temper("template", "check", tmp_path / "absent")
     assert code == 2
     assert "does not exist" in err
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The same tokenizer under Qwen3's own template, which drops earlier thinking and marks the lack of it."""
+    folder = tiny_checkpoint("qwen3", tmp_path_factory.mktemp("hub") / "base")
+    (folder / "chat_template.jinja").write_text((Path(__file__).parents[1] / "data/templates/qwen3_hub.jinja").read_text())
+    return folder
+
+
+def test_template_diff_of_a_template_with_itself_is_empty(temper, model):
+    code, out, _ = temper("template", "diff", model, model, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["a"] == found["b"]
+    assert found["facts"] == {}
+    assert len(found["conversations"]) == 7
+    assert all(item["same"] and not item["lines"] for item in found["conversations"].values())
+
+
+def test_template_diff_shows_token_by_token_what_one_has_and_the_other_not(temper, model, hub):
+    code, out, _ = temper("template", "diff", model, hub, "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert set(found["facts"]) == {"template text", "history is kept"}
+    single = found["conversations"]["single turn"]
+    added = [(line["text"], line["trained"]) for line in single["lines"] if line["kind"] == "+"]
+    assert added == [("<think>", True), ("\n\n", True), ("</think>", True), ("\n\n", True)]  # Qwen3 writes that it did not think
+    assert [line for line in single["lines"] if line["kind"] == "-"] == []
+    assert single["tokens"][1] - single["tokens"][0] == single["trained"][1] - single["trained"][0] == 4
+    multi = found["conversations"]["multi-turn"]
+    assert multi["trained"][1] < multi["trained"][0]  # equal tokens that only one of them trains differ too
+    assert found["conversations"]["thinking"]["same"]
+
+
+def test_template_diff_in_colour_and_of_two_tokenizers(temper, model, hub, tmp_path, monkeypatch):
+    code, out, _ = temper("template", "diff", model, hub)
+    assert code == 1
+    assert "+    22    495 '<think>'  trained" in out
+    assert "thinking · the same; both" in out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[1;32m+    22    495 '<think>'  trained" in temper("template", "diff", model, hub)[1]  # bold green
+    monkeypatch.delenv("FORCE_COLOR")
+    llama = tiny_checkpoint("llama", tmp_path / "llama")
+    code, out, _ = temper("template", "diff", model, llama)
+    assert code == 1
+    assert "tokens are compared by their text" in out
+    assert re.search(r"parallel calls · A: \d+ of \d+ trained · B: refused: the chat template refuses a conversation", out)
+
+
+def test_template_diff_of_ones_own_conversations(temper, model, hub, tmp_path):
+    path = chats(tmp_path / "chats.jsonl", ["The sales ledger holds it.", "None does."])
+    code, out, _ = temper("template", "diff", model, hub, "--conversation", path, "--json")
+    assert code == 1
+    assert list(json.loads(out)["conversations"]) == ["row 1", "row 2"]
+    assert temper("template", "diff", model, hub, "--conversation", path, "--limit", 1, "--json")[1].count('"row') == 1
+    code, _, err = temper("template", "diff", model, hub, "--conversation", tmp_path / "absent.jsonl")
+    assert (code, "does not exist" in err) == (2, True)
+
+
+def test_template_check_tells_a_pinned_template_from_one_that_was_changed(temper, model, tmp_path):
+    from temper.policy.model import Policy
+
+    saved = tmp_path / "saved"
+    Policy.load(model).save(saved)
+    pinned = lambda code, out, _: (code, {line["rule"]: line["status"] for line in json.loads(out)["findings"]}["pinned"])  # noqa: E731
+    assert pinned(*temper("template", "check", model, "--json")) == (0, "unknown")
+    assert pinned(*temper("template", "check", saved, "--json")) == (0, "pass")
+    text = saved / "chat_template.jinja"
+    text.write_text(text.read_text().replace("<|im_end|>\\n", "<|im_end|>"))
+    assert pinned(*temper("template", "check", saved, "--json")) == (1, "fail")
