@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from temper.core.errors import DataError, ShapeError
-from temper.data.layout import Kind, Layout, Work, lay_out
+from temper.data.layout import SHARED_TOKENS, Kind, Layout, Work, alike, lay_out, positions_of
 from temper.data.sequence import Sequence, Support
 
 WORTH_LAYING = 0.98  # of the padded positions: a layout that takes more of them is not used
@@ -153,7 +154,7 @@ def plan_batches(lengths: Rows[int], token_budget: int, shuffle_rng: random.Rand
 
 
 def plan_packed(sizes: Rows[int], token_budget: int, shuffle_rng: random.Random | None = None) -> list[list[int]]:
-    """Which units (rows, pairs, groups) share a packed batch of at most `token_budget` positions, every unit once.
+    """Which units (rows, pairs) share a packed batch of at most `token_budget` positions, every unit once.
 
     The batches are as even as they can be: the longest first, each into the emptiest. A unit above the budget is a
     batch of its own.
@@ -173,6 +174,50 @@ def plan_packed(sizes: Rows[int], token_budget: int, shuffle_rng: random.Random 
     if shuffle_rng is not None:
         shuffle_rng.shuffle(batches)
     return batches
+
+
+def plan_shared(units: Rows[Rows[Sequence]], token_budget: int, shuffle_rng: random.Random | None = None) -> list[list[int]]:
+    """Which units share a batch of at most `token_budget` positions where what begins alike is computed once.
+
+    In the order of their tokens those that begin alike stand together, and each adds what it does not share with the
+    one before. The batches are about even; a unit above the budget is a batch of its own.
+    """
+    sizes = [positions_of([row.tokens for row in unit], "shared") for unit in units]
+    order = _order(sizes, token_budget, shuffle_rng)
+    order.sort(key=lambda unit: (units[unit][0].adapter or "", units[unit][0].tokens))
+    starts = [0, *(shared_start(units[one], units[other]) for one, other in pairwise(order))]
+    added = [sizes[unit] - start for unit, start in zip(order, starts, strict=True)] if order else []
+    share = sum(added) / max(1, -(-sum(added) // token_budget))
+    batches: list[list[int]] = []
+    filled = 0
+    for unit, more in zip(order, added, strict=True):
+        if not batches or filled + more > token_budget or filled >= share:
+            batches.append([])
+            filled, more = 0, sizes[unit]
+        batches[-1].append(unit)
+        filled += more
+    if shuffle_rng is not None:
+        shuffle_rng.shuffle(batches)
+    return batches
+
+
+def shared_start(one: Rows[Sequence], other: Rows[Sequence]) -> int:
+    """How many tokens two units begin with alike, where that is enough to be computed once."""
+    if one[0].adapter != other[0].adapter:
+        return 0
+    found = alike(one[0].tokens, other[0].tokens)
+    return found if found >= SHARED_TOKENS else 0
+
+
+def plan(units: Rows[Rows[Sequence]], kind: Kind, token_budget: int, shuffle_rng: random.Random | None = None) -> list[list[int]]:
+    """Which units share a micro-batch of `kind` with at most `token_budget` computed positions, every unit once.
+
+    A unit is what must stay together: a row, or the two of a pair.
+    """
+    if kind == "shared":
+        return plan_shared(units, token_budget, shuffle_rng)
+    sizes = [positions_of([row.tokens for row in unit], kind) for unit in units]
+    return plan_batches(sizes, token_budget, shuffle_rng) if kind == "padded" else plan_packed(sizes, token_budget, shuffle_rng)
 
 
 def _order(sizes: Rows[int], token_budget: int, shuffle_rng: random.Random | None) -> list[int]:

@@ -87,13 +87,13 @@ def _lay(members: list[int], rows: Rows[list[int]], row: int, share: bool) -> tu
     positions: list[int] = []
     spans: list[Span] = []
     places: dict[int, list[int]] = {number: [] for number in members}
-    for alike, start, end, path in tree(members, rows) if share else [([number], 0, len(rows[number]), ()) for number in members]:
+    for holders, start, end, path in tree(members, rows) if share else [([number], 0, len(rows[number]), ()) for number in members]:
         at = len(tokens)
-        found = tuple(_stretches(places[alike[0]])) if path else ()
-        tokens += rows[alike[0]][start:end]
+        found = tuple(_stretches(places[holders[0]])) if path else ()
+        tokens += rows[holders[0]][start:end]
         positions += range(start, end)
         spans.append(Span(row, at, len(tokens), found))
-        for number in alike:
+        for number in holders:
             places[number] += range(at, len(tokens))
     return tokens, positions, spans, places
 
@@ -106,23 +106,28 @@ def tree(members: Rows[int], rows: Rows[list[int]]) -> list[tuple[list[int], int
     found: list[tuple[list[int], int, int, bool]] = []
     waiting = [(sorted(members, key=rows.__getitem__), 0)]  # rows in order that agree up to `start`, where their next stretch begins
     while waiting:
-        alike, start = waiting.pop()
-        if len(alike) == 1:
-            if len(rows[alike[0]]) > start:
-                found.append((alike, start, len(rows[alike[0]]), start > 0))
+        holders, start = waiting.pop()
+        if len(holders) == 1:
+            if len(rows[holders[0]]) > start:
+                found.append((holders, start, len(rows[holders[0]]), start > 0))
             continue
-        first, last = rows[alike[0]], rows[alike[-1]]
-        differ = (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
-        common = next(differ, min(len(first), len(last)))  # in order, the first and the last row differ soonest
+        first, last = rows[holders[0]], rows[holders[-1]]
+        common = alike(first, last)  # in order, the first and the last row differ soonest
         if first == last or common - start >= SHARED_TOKENS:
             if common > start:
-                found.append((alike, start, common, start > 0))
+                found.append((holders, start, common, start > 0))
             start = common
-            alike = [number for number in alike if len(rows[number]) > common]
-        ended = [[number] for number in alike if len(rows[number]) == common]
-        going_on = groupby((number for number in alike if len(rows[number]) > common), key=lambda number: rows[number][common])
+            holders = [number for number in holders if len(rows[number]) > common]
+        ended = [[number] for number in holders if len(rows[number]) == common]
+        going_on = groupby((number for number in holders if len(rows[number]) > common), key=lambda number: rows[number][common])
         waiting += reversed([(part, start) for part in [*ended, *(list(part) for _, part in going_on)]])
     return found
+
+
+def alike(one: list[int], other: list[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    differ = (at for at, (token, another) in enumerate(zip(one, other, strict=False)) if token != another)
+    return next(differ, min(len(one), len(other)))
 
 
 def _stretches(places: list[int]) -> list[tuple[int, int]]:
