@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from temper.core.errors import DataError, ShapeError
-from temper.data.layout import SHARED_TOKENS, Kind, Layout, Work, alike, lay_out, positions_of
+from temper.data.layout import Kind, Layout, Work, alike, lay_out, positions_of
 from temper.data.sequence import Sequence, Support
 
 WORTH_LAYING = 0.98  # of the padded positions: a layout that takes more of them is not used
@@ -177,15 +177,16 @@ def plan_packed(sizes: Rows[int], token_budget: int, shuffle_rng: random.Random 
 
 
 def plan_shared(units: Rows[Rows[Sequence]], token_budget: int, shuffle_rng: random.Random | None = None) -> list[list[int]]:
-    """Which units share a batch of at most `token_budget` positions where what begins alike is computed once.
+    """Which units share a batch of about `token_budget` positions where what begins alike is computed once.
 
     In the order of their tokens those that begin alike stand together, and each adds what it does not share with the
-    one before. The batches are about even; a unit above the budget is a batch of its own.
+    one before: exact but for stretches that are not worth sharing, fewer than WORTH_SHARING tokens a row. The batches
+    are about even; a unit above the budget is a batch of its own.
     """
     sizes = [positions_of([row.tokens for row in unit], "shared") for unit in units]
     order = _order(sizes, token_budget, shuffle_rng)
     order.sort(key=lambda unit: (units[unit][0].adapter or "", units[unit][0].tokens))
-    starts = [0, *(shared_start(units[one], units[other]) for one, other in pairwise(order))]
+    starts = [0, *(_start(units[one][0], units[other][0]) for one, other in pairwise(order))]
     added = [sizes[unit] - start for unit, start in zip(order, starts, strict=True)] if order else []
     share = sum(added) / max(1, -(-sum(added) // token_budget))
     batches: list[list[int]] = []
@@ -201,12 +202,9 @@ def plan_shared(units: Rows[Rows[Sequence]], token_budget: int, shuffle_rng: ran
     return batches
 
 
-def shared_start(one: Rows[Sequence], other: Rows[Sequence]) -> int:
-    """How many tokens two units begin with alike, where that is enough to be computed once."""
-    if one[0].adapter != other[0].adapter:
-        return 0
-    found = alike(one[0].tokens, other[0].tokens)
-    return found if found >= SHARED_TOKENS else 0
+def _start(one: Sequence, other: Sequence) -> int:
+    """How many tokens two rows can share."""
+    return alike(one.tokens, other.tokens) if one.adapter == other.adapter else 0
 
 
 def plan(units: Rows[Rows[Sequence]], kind: Kind, token_budget: int, shuffle_rng: random.Random | None = None) -> list[list[int]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["padded", "packed", "shared"]
-SHARED_TOKENS = 16  # a shorter common beginning is computed for each row: laying it apart would cost more than it saves
+WORTH_SHARING = 16  # tokens saved: where a common stretch saves fewer, each row computes it, for laying it apart costs as much
 
 
 class Span(NamedTuple):
@@ -101,7 +101,7 @@ def _lay(members: list[int], rows: Rows[list[int]], row: int, share: bool) -> tu
 def tree(members: Rows[int], rows: Rows[list[int]]) -> list[tuple[list[int], int, int, bool]]:
     """The stretches that make up `members`, parents first: (rows that hold it, start, end, whether something stands before).
 
-    A stretch of fewer than SHARED_TOKENS is not worth sharing: it goes to each of the rows' own stretches.
+    Where sharing a stretch saves fewer than WORTH_SHARING tokens, it goes to each of the rows' own stretches.
     """
     found: list[tuple[list[int], int, int, bool]] = []
     waiting = [(sorted(members, key=rows.__getitem__), 0)]  # rows in order that agree up to `start`, where their next stretch begins
@@ -113,7 +113,7 @@ def tree(members: Rows[int], rows: Rows[list[int]]) -> list[tuple[list[int], int
             continue
         first, last = rows[holders[0]], rows[holders[-1]]
         common = alike(first, last)  # in order, the first and the last row differ soonest
-        if first == last or common - start >= SHARED_TOKENS:
+        if first == last or (common - start) * (len(holders) - 1) >= WORTH_SHARING:
             if common > start:
                 found.append((holders, start, common, start > 0))
             start = common

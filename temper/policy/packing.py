@@ -14,7 +14,7 @@ import torch
 
 from temper.core.errors import ConfigError, ShapeError
 from temper.data.batch import Batch, collate
-from temper.data.layout import SHARED_TOKENS, Kind
+from temper.data.layout import WORTH_SHARING, Kind
 from temper.data.sequence import Sequence
 from temper.policy import attention
 
@@ -107,7 +107,7 @@ class Packing:
 
 def trial_batch(vocabulary: int) -> Batch:
     """Three rows of which two begin alike."""
-    shared = [(7 * at + 3) % vocabulary for at in range(SHARED_TOKENS)]
+    shared = [(7 * at + 3) % vocabulary for at in range(WORTH_SHARING)]
     rows: list[list[int]] = [[*shared, 5, 2, 9], [*shared, 8, 1], [(5 * at + 1) % vocabulary for at in range(6)]]
     made: list[Any] = [[token % vocabulary for token in row] for row in rows]
     return collate([Sequence(tokens=row, weights=[0.0] * (len(row) - 1) + [1.0]) for row in made], 0, "shared")
