@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from temper.core.errors import DataError, ShapeError
 from temper.data.batch import Batch, collate
+from temper.data.layout import Kind
 from temper.data.sequence import Sequence as Row
 from temper.data.template import Template
 from temper.policy.hardware import Precision
+from temper.policy.inputs import scatter
 from temper.policy.lean import Lean
 from temper.policy.model import Policy, filled, hash_weights
 from temper.policy.packing import Packing
@@ -84,12 +86,27 @@ class RewardModel:
         """Where the backbone was loaded from."""
         return self.policy.path
 
+    def scores(self, batch: Batch, at_N: Tensor) -> Tensor:
+        """One float32 number for each flat position of the batch, read after its token; differentiable."""
+        return self.model.score(self.policy.hidden_at(batch, at_N).float()).squeeze(-1)
+
+    def kind(self, wanted: str = "auto") -> Kind:
+        """How batches are laid out; see Policy.kind."""
+        return self.policy.kind(wanted)
+
     def rewards(self, batch: Batch) -> Tensor:
         """One float32 reward a row, read at its last supervised token, or its last real one where none is; differentiable."""
         last_B = last_true(torch.where(batch.mask_B_T.any(-1, keepdim=True), batch.mask_B_T, batch.attention_B_T))
         rows, width = batch.tokens_B_T.shape
-        hidden_B_D = self.policy.hidden_at(batch, torch.arange(rows, device=last_B.device) * width + last_B)
-        return self.model.score(hidden_B_D.float()).squeeze(-1)
+        return self.scores(batch, torch.arange(rows, device=last_B.device) * width + last_B)
+
+    def values(self, batch: Batch) -> Tensor:
+        """What was to be expected before each supervised token, [rows, positions], 0 elsewhere; differentiable.
+
+        A token is predicted from the one before it, and so is its value.
+        """
+        at_N = batch.mask_B_T.flatten().nonzero().squeeze(1)
+        return scatter(self.scores(batch, at_N - 1), at_N, batch.tokens_B_T.shape)
 
     @torch.no_grad()
     def score(self, rows: Sequence[Sequence[int]], *, rows_at_once: int = 16) -> list[float]:

@@ -12,6 +12,7 @@ STAGES = {
     "preference": "temper.train.preference",
     "reward": "temper.train.reward",
     "rl": "temper.train.rl",
+    "ppo": "temper.train.ppo",
     "distill": "temper.train.distill",
 }
 

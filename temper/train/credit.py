@@ -11,7 +11,7 @@ from torch import Tensor
 
 from temper.core.errors import ConfigError
 from temper.core.records import Record
-from temper.data.batch import Batch, collate, plan_batches
+from temper.data.batch import Batch, collate, plan_units
 from temper.data.sequence import Sequence as Row
 from temper.data.sequence import episode_sequence
 from temper.data.template import Template
@@ -147,7 +147,7 @@ def policy_loss(policy: Policy, reference: Policy | None, cfg: EpisodeConfig) ->
     With `tis_cap` and one optimizer step a batch of episodes the learner's own log-probs are the old ones, and the
     importance weight stands for the sampler; for several steps see `decoupled`.
     """
-    correcting = cfg.tis_cap is not None and cfg.minibatches == 1
+    correcting = cfg.tis_cap is not None and cfg.updates == 1
 
     def loss(batch: Batch) -> LossOut:
         mask_B_T, sampled_B_T, weights_B_T = batch.mask_B_T, batch.old_logprobs_B_T, batch.weights_B_T
@@ -192,8 +192,9 @@ def decoupled(policy: Policy, found: Sequence[Row], cfg: EpisodeConfig) -> tuple
     weight corrects for the sampler, once. It costs one forward pass. Also gives the mismatch per token.
     """
     made, sums, tokens = list(found), {"mismatch": 0.0, "mismatch_kl": 0.0, "tis_weight": 0.0}, 0
-    for numbers in plan_batches([len(row.tokens) for row in found], cfg.tokens_per_batch, None):
-        batch = collate([found[number] for number in numbers], policy.template.pad_id).to(policy.device)
+    kind = policy.kind(cfg.layout)
+    for numbers in plan_units([[row] for row in found], kind, cfg.tokens_per_batch):
+        batch = collate([found[number] for number in numbers], policy.template.pad_id, kind).to(policy.device)
         mask_B_T, sampled_B_T, advantages_B_T = batch.mask_B_T, batch.old_logprobs_B_T, batch.advantages_B_T
         assert sampled_B_T is not None
         assert advantages_B_T is not None

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from temper.core.hashing import stream_seed
 from temper.core.records import Record
-from temper.data.batch import Batch, collate, plan_batches
+from temper.data.batch import Batch, collate, plan_units
 from temper.data.sequence import Sequence
 from temper.policy.losses.policy_gradient import LEVELS, TREATMENTS
 from temper.rollout.engine import Engine
@@ -50,6 +50,11 @@ class EpisodeConfig(AdaptableConfig):
     keep_episodes_every: int = Field(20, gt=0, description="sampling steps between files of whole episodes")
 
     @property
+    def updates(self) -> int:
+        """Optimizer steps on one batch of episodes."""
+        return self.minibatches
+
+    @property
     def clips(self) -> tuple[float, float]:
         """(clip_low, clip_high), from the loss's paper where the config leaves them open."""
         low, high = CLIPS[self.loss]
@@ -84,12 +89,13 @@ def sample(engine: Engine, environment: Environment, tasks: Rows[Task], cfg: Epi
 
 
 def parts(rows: Rows[Sequence], learner: Learner, cfg: EpisodeConfig) -> list[list[Batch]]:
-    """`rows` in `minibatches` random parts, each in micro-batches of rows of like length; a part may be empty."""
+    """`rows` in `minibatches` random parts, each in micro-batches where rows that begin alike stand together; a part may be empty."""
     order = list(range(len(rows)))
     Random(stream_seed(cfg.seed, "rows", learner.step)).shuffle(order)
     found = []
     for part in range(cfg.minibatches):
         chosen = [rows[row] for row in order[part :: cfg.minibatches]]
-        planned = plan_batches([len(row.tokens) for row in chosen], cfg.tokens_per_batch, Random(stream_seed(cfg.seed, "batches", learner.step + part)))
-        found.append([collate([chosen[row] for row in batch], learner.policy.template.pad_id) for batch in planned])
+        kind, rng = learner.policy.kind(cfg.layout), Random(stream_seed(cfg.seed, "batches", learner.step + part))
+        planned = plan_units([[row] for row in chosen], kind, cfg.tokens_per_batch, rng)
+        found.append([collate([chosen[row] for row in batch], learner.policy.template.pad_id, kind) for batch in planned])
     return found

@@ -122,7 +122,7 @@ def update(learner: Learner, reference: Policy | None, rows: list[Sequence], cfg
     """The optimizer steps on one batch of episodes; a part without rows is counted and changes nothing."""
     clock, policy = time.perf_counter(), learner.policy
     cfg = cfg.model_copy(update={"kl": learner.memory.get("kl", cfg.kl)})
-    rows, before = decoupled(policy, rows, cfg) if cfg.tis_cap and cfg.minibatches > 1 else (rows, {})
+    rows, before = decoupled(policy, rows, cfg) if cfg.tis_cap and cfg.updates > 1 else (rows, {})
     metrics: dict[str, Any] = {}
     for part, batches in enumerate(parts(rows, learner, cfg)):
         if not batches:
