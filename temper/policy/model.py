@@ -23,13 +23,15 @@ from temper.data.golden import require_card, write_card
 from temper.data.layout import Kind, Layout
 from temper.data.template import Template
 from temper.policy import adapters, peft_format
-from temper.policy.adapters import LoraConfig, Merge, Router
+from temper.policy.adapters import LoraConfig
 from temper.policy.bars import only_slow_ones
 from temper.policy.hardware import Precision, choose_device, choose_precision, keep_freed_memory
 from temper.policy.head import Divergence, Head, cross_entropy, divergence, token_values
 from temper.policy.inputs import decoder_inputs, scatter, support_of
 from temper.policy.lean import Lean
+from temper.policy.lora_linear import Router
 from temper.policy.losses import LossOut
+from temper.policy.merging import Merge
 from temper.policy.packing import Packing
 from temper.policy.products import prefer_onednn
 from temper.policy.recompute import decoder_layers, recomputing

@@ -12,14 +12,16 @@ from torch import nn
 
 from temper.core.errors import DataError, ShapeError
 from temper.core.storage import read_json, write_json
-from temper.policy.adapters import Router, adapter_hash, attach, check_name, finite, layers_of, linear_layers
+from temper.policy.adapters import Form, adapter_hash, attach, check_name, finite, layers_of, linear_layers
+from temper.policy.lora_linear import Router
+from temper.policy.quantised import is_packed
 
 CONFIG, WEIGHTS, IDENTITY = "adapter_config.json", "adapter_model.safetensors", "temper.json"
 PREFIX = "base_model.model."
-# settings that change what the numbers mean, with the only value under which they mean plain LoRA
+FACTORS = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}  # DoRA's has no ".weight" on disk
+# settings that change what the numbers mean, with the only value under which they mean LoRA or DoRA
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "use_dora": (False, None),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
@@ -40,10 +42,11 @@ def save_adapter(model: nn.Module, head: nn.Module, name: str, folder: Path, *, 
             f"adapter {name!r} has ranks {sorted(ranks)} and scalings {sorted(scalings)}", why="one adapter file states one of each"
         )
     rank, scaling = ranks.pop(), scalings.pop()
-    state = {}
-    for path, pair in pairs.items():
-        state[f"{PREFIX}{path}.lora_A.weight"] = pair.A.detach().cpu().contiguous()
-        state[f"{PREFIX}{path}.lora_B.weight"] = pair.B.detach().cpu().contiguous()
+    state = {
+        f"{PREFIX}{path}.{FACTORS[factor]}": weight.detach().cpu().contiguous()
+        for path, pair in pairs.items()
+        for factor, weight in pair.factors().items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(
@@ -58,14 +61,15 @@ def save_adapter(model: nn.Module, head: nn.Module, name: str, folder: Path, *, 
             "use_rslora": False,
             "bias": "none",
             "fan_in_fan_out": False,
-            "use_dora": False,
+            "use_dora": next(iter(pairs.values())).m is not None,
             "init_lora_weights": True,
             "inference_mode": True,
             "modules_to_save": None,
             "target_modules": short_targets(set(layers), set(linear_layers(model, head))),
         },
     )
-    write_json(folder / IDENTITY, {"adapter_hash": adapter_hash(model, name), "base_hash": base_hash})
+    quantised = "nf4" if any(is_packed(layer) for layer in layers.values()) else None
+    write_json(folder / IDENTITY, {"adapter_hash": adapter_hash(model, name), "base_hash": base_hash, "quantised": quantised})
 
 
 def short_targets(chosen: set[str], linears: set[str]) -> list[str]:
@@ -77,7 +81,7 @@ def short_targets(chosen: set[str], linears: set[str]) -> list[str]:
 def load_adapter(model: nn.Module, router: Router, head: nn.Module, name: str, folder: Path) -> dict[str, str]:
     """Attach the adapter in `folder` as `name`; return its recorded hashes ({} where another program wrote it).
 
-    Raises DataError where files are missing, the adapter is not plain LoRA, or its layers are not this model's.
+    Raises DataError where files are missing, the adapter is neither LoRA nor DoRA, or its layers are not this model's.
     """
     check_name(router, name)
     for file in (CONFIG, WEIGHTS):
@@ -88,7 +92,7 @@ def load_adapter(model: nn.Module, router: Router, head: nn.Module, name: str, f
         if config.get(key, plain[0]) not in plain:
             raise DataError(
                 f"{folder / CONFIG} asks for {key}={config[key]!r}",
-                why="temper serves plain LoRA",
+                why="temper serves LoRA and DoRA on linear layers",
                 do="train the adapter without it, or merge it into the base",
             )
     state = load_file(folder / WEIGHTS)
@@ -97,11 +101,11 @@ def load_adapter(model: nn.Module, router: Router, head: nn.Module, name: str, f
         raise DataError(
             f"{folder / CONFIG} has an alpha_pattern", why="one adapter has one scaling here", do="train it with a single lora_alpha"
         )
-    shapes = pair_up(folder, state)
+    found = factors_by_path(folder, state, dora=bool(config.get("use_dora")))
     linears = linear_layers(model, head)
     layers = {}
-    for path, (a, b) in shapes.items():
-        linear = linears.get(path)
+    for path, factors in found.items():
+        linear, a, b = linears.get(path), factors["A"], factors["B"]
         if linear is None or a.shape[1] != linear.in_features or b.shape[0] != linear.out_features or a.shape[0] != b.shape[1]:
             there = "no linear layer of this model" if linear is None else f"{linear.in_features} → {linear.out_features} in this model"
             raise DataError(
@@ -110,30 +114,35 @@ def load_adapter(model: nn.Module, router: Router, head: nn.Module, name: str, f
                 do=f"load it on the base it was trained on ({config.get('base_model_name_or_path')})",
             )
         scaling = float(config["lora_alpha"]) / (math.sqrt(a.shape[0]) if config.get("use_rslora") else a.shape[0])
-        layers[path] = (linear, a.shape[0], scaling, float(config.get("lora_dropout") or 0.0))
+        layers[path] = linear, Form(a.shape[0], scaling, float(config.get("lora_dropout") or 0.0), "m" in factors)
     state_of_random = torch.get_rng_state()  # fresh pairs draw from the global stream; loading must not move it
     attach(model, router, name, layers)
     torch.set_rng_state(state_of_random)
     with torch.no_grad():
         for path, layer in layers_of(model, name).items():
-            layer.pair(name).A.copy_(shapes[path][0])
-            layer.pair(name).B.copy_(shapes[path][1])
+            for factor, weight in layer.pair(name).factors().items():
+                weight.copy_(found[path][factor].view(weight.shape))
     return read_json(folder / IDENTITY) if (folder / IDENTITY).is_file() else {}
 
 
-def pair_up(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Path to (A, B). Raises DataError for a key that is neither, or a half without the other."""
-    halves: dict[str, dict[str, torch.Tensor]] = {}
+def factors_by_path(folder: Path, state: dict[str, torch.Tensor], *, dora: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Path to A, B and, for DoRA, m. Raises DataError for a key that is none of them, or where one is missing."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
-        path, _, half = key.removesuffix(".weight").rpartition(".")
-        if not key.startswith(PREFIX) or not key.endswith(".weight") or half not in ("lora_A", "lora_B"):
+        factor, suffix = next(((factor, end) for factor, end in FACTORS.items() if key.endswith(f".{end}")), ("", ""))
+        if not key.startswith(PREFIX) or not factor:
             raise DataError(
                 f"{folder / WEIGHTS} holds {key!r}",
                 why="that is not a factor of a linear layer",
                 do="train the adapter on linear layers only",
             )
-        halves.setdefault(path.removeprefix(PREFIX), {})[half] = tensor
-    for path, found in halves.items():
-        if len(found) != 2:
-            raise DataError(f"{folder / WEIGHTS} holds only {next(iter(found))} of {path}", do="save the adapter again whole")
-    return {path: (found["lora_A"], found["lora_B"]) for path, found in halves.items()}
+        found.setdefault(key.removeprefix(PREFIX).removesuffix(f".{suffix}"), {})[factor] = tensor
+    wanted = {"A", "B", "m"} if dora else {"A", "B"}
+    for path, factors in found.items():
+        if factors.keys() != wanted:
+            raise DataError(
+                f"{folder / WEIGHTS} holds {', '.join(sorted(factors))} of {path}",
+                why=f"use_dora is {dora}: it must hold {', '.join(sorted(wanted))}",
+                do="save the adapter again whole",
+            )
+    return found

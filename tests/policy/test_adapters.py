@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from temper.core.errors import ConfigError, DataError, IntegrityError, ShapeError
 from temper.core.storage import read_json, write_json
-from temper.policy.adapters import LoraConfig, LoraLinear
+from temper.policy.adapters import LoraConfig
+from temper.policy.lora_linear import LoraLinear, Route, drop
 from temper.policy.model import Policy
 
 LENGTHS = [9, 5, 7, 3]
@@ -125,6 +126,34 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(*moving)
 
 
+def test_in_a_mixed_batch_each_row_has_the_dropout_of_its_own_adapter():
+    policy, batch = with_adapters(names=("bank_a",), dropout=0.5), make_batch([9, 9])
+    policy.add_lora("still", LoraConfig(rank=3))
+    with torch.no_grad():
+        for path, weight in policy.model.named_parameters():
+            if ".lora.still.B" in path:
+                weight.normal_(std=0.2)
+    policy.model.train()
+    first, second = (logits(policy, batch, ["bank_a", "still"]) for _ in range(2))
+    assert float((first[0] - second[0]).abs().max()) > 0.01
+    torch.testing.assert_close(first[1], second[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(first[1], logits(policy, batch, ["still", "still"])[1], atol=1e-5, rtol=1e-5)
+
+
+def fixed_rate(x, route_slots, p):
+    """The mean and the share of zeros that dropout leaves of ones."""
+    out = drop(x, Route(("a", "b"), torch.tensor(route_slots)), p)
+    return [(float(row.mean()), float((row == 0).float().mean())) for row in out]
+
+
+def test_dropout_keeps_the_mean_of_every_row():
+    torch.manual_seed(0)
+    (mean, zeros), (whole, none) = fixed_rate(torch.ones(2, 50_000), [0, 1], [(0, 0.25), (1, 0.0)])
+    assert (whole, none) == (1.0, 0.0)
+    assert mean == pytest.approx(1.0, abs=0.02)
+    assert zeros == pytest.approx(0.25, abs=0.01)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_loads_what_we_save_with_equal_logits(tmp_path, family, rslora):
@@ -221,7 +250,10 @@ def test_an_adapter_that_does_not_fit_or_is_no_plain_lora_is_refused(tmp_path):
     policy.save_adapter("bank_a", folder)
     config = read_json(folder / "adapter_config.json")
     write_json(folder / "adapter_config.json", config | {"use_dora": True})
-    with pytest.raises(DataError, match="use_dora=True"):
+    with pytest.raises(DataError, match=r"holds A, B of .*\n.*use_dora is True: it must hold A, B, m"):
+        policy.load_adapter("x", folder)
+    write_json(folder / "adapter_config.json", config | {"bias": "all"})
+    with pytest.raises(DataError, match="bias='all'"):
         policy.load_adapter("x", folder)
     write_json(folder / "adapter_config.json", config | {"lora_alpha": 99})
     with pytest.raises(IntegrityError, match="not the one that was saved"):
