@@ -207,7 +207,7 @@ def _start(one: Sequence, other: Sequence) -> int:
     return alike(one.tokens, other.tokens) if one.adapter == other.adapter else 0
 
 
-def plan(units: Rows[Rows[Sequence]], kind: Kind, token_budget: int, shuffle_rng: random.Random | None = None) -> list[list[int]]:
+def plan_units(units: Rows[Rows[Sequence]], kind: Kind, token_budget: int, shuffle_rng: random.Random | None = None) -> list[list[int]]:
     """Which units share a micro-batch of `kind` with at most `token_budget` computed positions, every unit once.
 
     A unit is what must stay together: a row, or the two of a pair.

@@ -63,7 +63,7 @@ class Packing:
     def _use_forbids(self) -> str | None:
         """What about the run, rather than the model, stands against packing."""
         dropout = getattr(self.policy.model.config.get_text_config(), "attention_dropout", 0.0) or 0.0
-        if dropout and self.policy.model.training:
+        if dropout and self.policy.model.get_decoder().training:
             return f"attention_dropout is {dropout}, and no kernel for packed rows has dropout"
         if self.policy.device.type == "cuda" and self.policy.compute_dtype is torch.float32:
             return "PyTorch's variable-length kernel has no float32 on CUDA"
@@ -82,8 +82,8 @@ class Packing:
     def _trial(self) -> str | None:
         """Rows that share a beginning, and one that does not, packed and alone; and how many layers asked the interface."""
         policy, decoder = self.policy, self.policy.model.get_decoder()
-        training = policy.model.training
-        policy.model.eval()
+        training = decoder.training
+        decoder.eval()
         try:
             batch = trial_batch(policy.model.config.get_text_config().vocab_size).to(policy.device)
             assert batch.layout is not None
@@ -93,7 +93,7 @@ class Packing:
         except (ShapeError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
             return f"it does not take a layout ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         finally:
-            policy.model.train(training)
+            decoder.train(training)
         layers = getattr(decoder.config, "num_hidden_layers", None)
         if count[0] != layers:
             return f"{count[0]} of its {layers} layers attend through transformers' interface"

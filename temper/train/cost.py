@@ -57,9 +57,9 @@ class Cost:
         return body + head + 3 * self.attention * pairs
 
     def flops(self, batch: Batch) -> float:
-        """Operations that one batch needs, padding not counted."""
-        lengths_B = batch.attention_B_T.sum(-1).double()
-        return self.of_counts(float(lengths_B.sum()), float(batch.mask_B_T.sum()), float((lengths_B * (lengths_B + 1) / 2).sum()))
+        """Operations that one batch needs: padding is not counted, nor a beginning that the layout shares a second time."""
+        work = batch.work
+        return self.of_counts(work.tokens, float(batch.mask_B_T.sum()), work.attended)
 
 
 @cache

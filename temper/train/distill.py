@@ -18,7 +18,7 @@ from temper.core.config import Config as CoreConfig
 from temper.core.errors import ConfigError, DataError
 from temper.core.hashing import stream_seed
 from temper.core.progress import track
-from temper.data.batch import Batch, collate, plan_batches
+from temper.data.batch import Batch, collate, plan_units
 from temper.data.sequence import Sequence, episode_sequence
 from temper.policy.losses import LossOut, forward_kl, jsd, reverse_kl
 from temper.policy.model import Policy
@@ -36,6 +36,7 @@ from temper.train.stage import (
     load_policy,
     load_records,
     manifest_hash,
+    micro_of,
     open_run,
     plan_steps,
     resume,
@@ -159,8 +160,9 @@ def source(cfg: Config, student: Policy, environment: Environment | None) -> tup
     """How many steps there are, and what gives the batches of each: admitted text, or the student's own answers."""
     if environment is None:
         rows = rows_of(load_records(str(cfg.data))[1], student.template, cfg.max_tokens)
-        plan = plan_steps([len(row.tokens) for row in rows], cfg)
-        return len(plan), lambda step: [collate([rows[row] for row in micro], student.template.pad_id) for micro in plan[step]]
+        kind = student.kind(cfg.layout)
+        plan = plan_steps([len(row.tokens) for row in rows], cfg, micro_of([[row] for row in rows], kind, cfg))
+        return len(plan), lambda step: [collate([rows[row] for row in micro], student.template.pad_id, kind) for micro in plan[step]]
     engine, tasks = Engine(student), training_tasks(environment)
     steps = cfg.steps or max(1, round(cfg.epochs * len(tasks) / cfg.tasks_per_step))
 
@@ -177,9 +179,9 @@ def sampled(engine: Engine, environment: Environment, tasks: list[Task], cfg: Co
 
 
 def batched(rows: list[Sequence], student: Policy, cfg: Config) -> list[Batch]:
-    """Rows of like length in micro-batches."""
-    planned = plan_batches([len(row.tokens) for row in rows], cfg.tokens_per_batch, None)
-    return [collate([rows[row] for row in micro], student.template.pad_id) for micro in planned]
+    """Rows in micro-batches."""
+    kind = student.kind(cfg.layout)
+    return [collate([rows[row] for row in micro], student.template.pad_id, kind) for micro in plan_units([[row] for row in rows], kind, cfg.tokens_per_batch)]
 
 
 @torch.no_grad()
@@ -198,10 +200,10 @@ def estimate(cfg: Config) -> Estimate:
     """What the run would cost, without training; where on_policy, one step of answers is sampled and timed."""
     teacher, student = prepare(cfg)
     environment = load_environment(cfg.environment, cfg.environment_options) if cfg.on_policy and cfg.environment else None
-    started = time.perf_counter()
+    started, kind = time.perf_counter(), student.kind(cfg.layout)
     if environment is None:
         rows = rows_of(load_records(str(cfg.data))[1], student.template, cfg.max_tokens)
-        plan, sampling = plan_steps([len(row.tokens) for row in rows], cfg), 0.0
+        plan, sampling = plan_steps([len(row.tokens) for row in rows], cfg, micro_of([[row] for row in rows], kind, cfg)), 0.0
     else:
         tasks = training_tasks(environment)
         rows = sampled(Engine(student), environment, tasks_of(0, tasks, cfg.tasks_per_step, cfg.seed), cfg, 0)
@@ -209,5 +211,5 @@ def estimate(cfg: Config) -> Estimate:
         plan = [[list(range(len(rows)))]] * (cfg.steps or max(1, round(cfg.epochs * len(tasks) / cfg.tasks_per_step)))
     large = count_parameters(student.model) >= PROBE_BELOW
     forwards = round(count_parameters(teacher.model) / count_parameters(student.model)) if large else 0
-    found = estimate_rows(student, rows, plan, lambda batch: student.divergence(batch, teacher, measure_of(cfg), temperature=cfg.temperature), forwards=forwards)
+    found = estimate_rows(student, rows, plan, lambda batch: student.divergence(batch, teacher, measure_of(cfg), temperature=cfg.temperature), forwards=forwards, kind=kind)
     return found.model_copy(update={"seconds": round(found.seconds + sampling * len(plan), 1)})

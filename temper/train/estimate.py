@@ -7,6 +7,7 @@ from collections.abc import Sequence as Rows
 
 from temper.core.records import Noun
 from temper.data.batch import collate
+from temper.data.layout import Kind
 from temper.data.sequence import Sequence
 from temper.policy.model import Policy
 from temper.policy.scalar_head import RewardModel
@@ -34,10 +35,10 @@ class Estimate(Noun):
     seconds_from: str
 
 
-def estimate_rows(policy: Policy | RewardModel, rows: Rows[Sequence], plan: Plan, loss: Loss, *, forwards: int = 0) -> Estimate:
+def estimate_rows(policy: Policy | RewardModel, rows: Rows[Sequence], plan: Plan, loss: Loss, *, forwards: int = 0, kind: Kind = "padded") -> Estimate:
     """The cost of training on `plan` of `rows`: one batch is timed on a small model, operations counted on a large one.
 
-    `forwards` counts extra passes without a backward (a reference, a teacher).
+    `forwards` counts extra passes without a backward (a reference, a teacher); `kind` is how rows are laid out.
     """
     visits = [row for step in plan for batch in step for row in batch]
     tokens = sum(len(rows[row].tokens) for row in visits)
@@ -46,7 +47,7 @@ def estimate_rows(policy: Policy | RewardModel, rows: Rows[Sequence], plan: Plan
     count, trained = sum(weight.numel() for weight in weights), sum(weight.numel() for weight in weights if weight.requires_grad)
     if count < PROBE_BELOW:
         middle = plan[len(plan) // 2]
-        seconds = probe(policy, [[rows[row] for row in batch] for batch in middle], loss) * len(plan)
+        seconds = probe(policy, [[rows[row] for row in batch] for batch in middle], loss, kind) * len(plan)
         source = f"one step of {len(middle)} micro-batches, timed"
     else:
         pairs = sum(len(rows[row].tokens) ** 2 / 2 for row in visits)
@@ -62,14 +63,14 @@ def estimate_rows(policy: Policy | RewardModel, rows: Rows[Sequence], plan: Plan
     )  # fmt: skip
 
 
-def probe(policy: Policy | RewardModel, batches: list[list[Sequence]], loss: Loss) -> float:
+def probe(policy: Policy | RewardModel, batches: list[list[Sequence]], loss: Loss, kind: Kind) -> float:
     """Seconds of one forward and backward over `batches`; gradients are thrown away."""
     device = str(policy.device)
     seconds = 0.0
     for warm in (False, True):
         started = time.perf_counter()
         for rows in batches if warm else batches[:1]:
-            loss(collate(rows, policy.template.pad_id).to(policy.device)).total.backward()
+            loss(collate(rows, policy.template.pad_id, kind).to(policy.device)).total.backward()
         synchronise(device)
         seconds = time.perf_counter() - started
     for weight in policy.model.parameters():

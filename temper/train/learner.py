@@ -140,7 +140,7 @@ class Learner:
         mine = parallel.share(batches)
         with parallel.together(f"step {self.step}"):
             whole = parallel.summed({"denominator": math.fsum(map(count, mine)), "tokens": sum(batch.tokens_real for batch in mine),
-                                     "supervised": sum(int(batch.mask_B_T.sum()) for batch in mine), "flops": sum(map(self.cost.flops, mine))})  # fmt: skip
+                                     "supervised": sum(int(batch.mask_B_T.sum()) for batch in mine), "positions": sum(batch.work.positions for batch in mine), "flops": sum(map(self.cost.flops, mine))})  # fmt: skip
             denominator = whole["denominator"]
             if denominator <= 0:
                 raise DataError(f"step {self.step} has nothing to learn from", why=f"its {len(batches)} batches hold no supervised token")
@@ -160,7 +160,7 @@ class Learner:
         tokens, supervised = int(whole["tokens"]), int(whole["supervised"])
         self._pending = {"started": started, "flops": whole["flops"], "tokens": tokens}
         metrics = {name: value / max(1.0, counted) for name, value in found.items()}
-        return {"loss": total / denominator, **metrics, "tokens": tokens, "supervised": supervised}
+        return {"loss": total / denominator, **metrics, "tokens": tokens, "positions": int(whole["positions"]), "supervised": supervised}
 
     def optim_step(self) -> dict[str, float]:
         """Clip, step, clear the gradients, bump the policy's version; return rate, norm and speed."""

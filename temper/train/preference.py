@@ -1,8 +1,8 @@
 """Preference optimisation on admitted pairs: DPO and its relatives, all from the log-probs of two answers.
 
 The reference is the starting policy (not "adapter off", which is the same only from a bare base). Its log-probs
-are computed once, in evaluation mode, before any checkpoint is loaded, and kept beside the run under the hash of
-weights, rows and config.
+are computed once, in evaluation mode, before any checkpoint is loaded, and kept under the hash of its weights, of the
+rows and of what else they depend on.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from temper.core.errors import ConfigError
-from temper.core.hashing import hash_value
 from temper.core.progress import track
 from temper.core.records import Record
 from temper.core.run import RunDirectory
-from temper.core.storage import write_bytes
 from temper.data.batch import Batch, collate
+from temper.data.layout import Kind
 from temper.data.sequence import Sequence, preference_sequences
 from temper.data.template import Template
 from temper.policy import losses
@@ -31,13 +30,17 @@ from temper.policy.losses import LossOut
 from temper.policy.model import Policy
 from temper.train.estimate import Estimate, estimate_rows
 from temper.train.learner import Learner
+from temper.train.reference import with_reference as reference_logprobs
 from temper.train.stage import (
     AdaptableConfig,
+    Plan,
+    StageConfig,
     checkpoint_hash,
     keep,
     load_policy,
     load_records,
     manifest_hash,
+    micro_of,
     open_run,
     plan_steps,
     prepare,
@@ -49,7 +52,13 @@ from temper.train.stage import (
 Pair = tuple[Sequence, Sequence]  # chosen, rejected
 
 
-class Config(AdaptableConfig):
+class PairsConfig(StageConfig):
+    """The key of a stage that trains on pairs."""
+
+    pairs_per_step: int = Field(16, gt=0, description="pairs of one optimizer step")
+
+
+class Config(AdaptableConfig, PairsConfig):
     """Preference optimisation of a whole model, or of an adapter on it."""
 
     data: str = Field(description="manifest folder of the pairs")
@@ -60,7 +69,7 @@ class Config(AdaptableConfig):
     gamma: float = Field(0.5, ge=0, description="simpo's target margin, in units of beta")
     sft_mix: float = Field(0.0, ge=0, description="coefficient of the chosen answer's cross-entropy per token (RPO)")
     reference: str = Field("start", description="start: the policy as it starts; none; or the path of a checkpoint")
-    pairs_per_step: int = Field(16, gt=0, description="pairs of one optimizer step")
+    reference_cache: str | None = Field(None, description="folder that keeps the reference's log-probs for other runs; null: this run's own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +129,8 @@ def run(cfg: Config) -> dict[str, Any]:
         return folder.result()
     policy = prepare(cfg)
     pairs = with_reference(pairs_of(load_records(cfg.data)[1], policy.template, cfg.max_tokens, cfg.trains), policy, cfg, folder)
-    plan = plan_steps(lengths(pairs), cfg, rows_of_step=cfg.pairs_per_step)
+    kind = policy.kind(cfg.layout)
+    plan = plan_pairs(pairs, cfg, kind)
     learner = Learner(policy, cfg.optim, len(plan), seed=cfg.seed)
     metrics: dict[str, Any] = {}
 
@@ -128,7 +138,7 @@ def run(cfg: Config) -> dict[str, Any]:
         return pair_loss(policy, batch, cfg)
 
     for step in track(range(resume(folder, learner), len(plan)), f"{cfg.loss} {cfg.out}"):
-        batches = [collate_pairs([pairs[pair] for pair in micro], policy.template) for micro in plan[step]]
+        batches = [collate_pairs([pairs[pair] for pair in micro], policy.template, kind) for micro in plan[step]]
         metrics = learner.forward_backward(batches, loss, count_pairs) | learner.optim_step()
         folder.log(learner.step, rounded(metrics))
         keep(folder, learner, cfg)
@@ -137,6 +147,8 @@ def run(cfg: Config) -> dict[str, Any]:
 
 def check(cfg: Config) -> None:
     """Raise ConfigError for a loss that is not there, or one without the reference it needs."""
+    if cfg.loss == "kto":
+        raise ConfigError("kto learns from single answers, good or bad, and this stage from pairs", do="set `stage: kto`; its data may be the same pairs")
     if cfg.loss not in LOSSES:
         raise ConfigError(f"there is no preference loss {cfg.loss!r}", do=f"set loss to one of {', '.join(LOSSES)}")
     if cfg.loss in NEED_REFERENCE and cfg.reference == "none":
@@ -169,9 +181,14 @@ def lengths(pairs: list[Pair]) -> list[int]:
     return [2 * max(len(chosen.tokens), len(rejected.tokens)) for chosen, rejected in pairs]
 
 
-def collate_pairs(pairs: list[Pair], template: Template) -> Batch:
+def plan_pairs(pairs: list[Pair], cfg: PairsConfig, kind: Kind) -> Plan:
+    """Every optimizer step: which pairs, in which micro-batches."""
+    return plan_steps(lengths(pairs), cfg, micro_of(pairs, kind, cfg), rows_of_step=cfg.pairs_per_step)
+
+
+def collate_pairs(pairs: list[Pair], template: Template, kind: Kind = "padded") -> Batch:
     """Rows chosen, rejected, chosen, rejected, … in one batch."""
-    return collate([row for pair in pairs for row in pair], template.pad_id)
+    return collate([row for pair in pairs for row in pair], template.pad_id, kind)
 
 
 def count_pairs(batch: Batch) -> float:
@@ -179,27 +196,23 @@ def count_pairs(batch: Batch) -> float:
     return batch.tokens_B_T.shape[0] / 2
 
 
-def with_reference(pairs: list[Pair], policy: Policy, cfg: Config, folder: RunDirectory) -> list[Pair]:
-    """`pairs` with the reference's log-prob of every trained token, computed once and kept in the run folder."""
+def with_reference(pairs: list[Pair], policy: Policy, cfg: Config, run: RunDirectory) -> list[Pair]:
+    """`pairs` with the reference's log-prob of every trained token, computed once and kept."""
     if cfg.reference == "none":
         return pairs
-    key = hash_value({"run": folder.key, "reference": cfg.reference})[:16]
-    path = folder.path / f"reference-{key}.safetensors"
-    if not path.is_file():
-        reference = policy if cfg.reference == "start" else load_policy(cfg, cfg.reference)
-        if reference.template.fingerprint != policy.template.fingerprint:
-            raise ConfigError(f"reference {cfg.reference} has another tokenizer or template than {cfg.base}", why="its log-probs would be of other tokens",
-                              do="use a checkpoint of the same family, or reference: start")  # fmt: skip
-        write_bytes(path, save({"logprobs": torch.cat(score(pairs, reference, cfg))}))
-    flat = load_file(path)["logprobs"].tolist()
-    at, found = 0, []
-    for pair in pairs:
-        rows = []
-        for row in pair:
-            rows.append(dataclasses.replace(row, ref_logprobs=flat[at : at + len(row.tokens)]))
-            at += len(row.tokens)
-        found.append((rows[0], rows[1]))
-    return found
+    reference = reference_of(policy, cfg)
+    kept = Path(cfg.reference_cache or run.path)
+    rows = reference_logprobs([row for pair in pairs for row in pair], reference, kept, lambda: score(pairs, reference, cfg))
+    return list(zip(rows[0::2], rows[1::2], strict=True))
+
+
+def reference_of(policy: Policy, cfg: Any) -> Policy:
+    """The policy itself as it starts, or the checkpoint that the config names. Raises ConfigError across tokenizers."""
+    reference = policy if cfg.reference == "start" else load_policy(cfg, cfg.reference)
+    if reference.template.fingerprint != policy.template.fingerprint:
+        raise ConfigError(f"reference {cfg.reference} has another tokenizer or template than {cfg.base}", why="its log-probs would be of other tokens",
+                          do="use a checkpoint of the same family, or reference: start")  # fmt: skip
+    return reference
 
 
 @torch.no_grad()
@@ -209,9 +222,10 @@ def score(pairs: list[Pair], reference: Policy, cfg: Config) -> list[Tensor]:
     reference.model.eval()
     found: dict[tuple[int, int], Tensor] = {}
     whole = cfg.model_copy(update={"steps": None, "epochs": 1.0})
-    for step in track(plan_steps(lengths(pairs), whole, rows_of_step=cfg.pairs_per_step), "reference log-probs"):
+    kind = reference.kind(cfg.layout)
+    for step in track(plan_pairs(pairs, whole, kind), "reference log-probs"):
         for micro in step:
-            batch = collate_pairs([pairs[pair] for pair in micro], reference.template).to(reference.device)
+            batch = collate_pairs([pairs[pair] for pair in micro], reference.template, kind).to(reference.device)
             logprobs_B_T = reference.token_logprobs(batch).logprobs_B_T.cpu()
             for at, pair in enumerate(micro):
                 for side in (0, 1):
@@ -249,9 +263,9 @@ def estimate(cfg: Config) -> Estimate:
     pairs = pairs_of(load_records(cfg.data)[1], policy.template, cfg.max_tokens, cfg.trains)
     if cfg.reference != "none":
         pairs = [(zeroed(chosen), zeroed(rejected)) for chosen, rejected in pairs]
-    rows = [row for pair in pairs for row in pair]
-    plan = [[[2 * pair + side for pair in micro for side in (0, 1)] for micro in step] for step in plan_steps(lengths(pairs), cfg, rows_of_step=cfg.pairs_per_step)]
-    return estimate_rows(policy, rows, plan, lambda batch: pair_loss(policy, batch, cfg), forwards=int(cfg.reference != "none"))
+    rows, kind = [row for pair in pairs for row in pair], policy.kind(cfg.layout)
+    plan = [[[2 * pair + side for pair in micro for side in (0, 1)] for micro in step] for step in plan_pairs(pairs, cfg, kind)]
+    return estimate_rows(policy, rows, plan, lambda batch: pair_loss(policy, batch, cfg), forwards=int(cfg.reference != "none"), kind=kind)
 
 
 def zeroed(row: Sequence) -> Sequence:

@@ -14,28 +14,25 @@ from temper.policy.losses import LossOut, bradley_terry
 from temper.policy.scalar_head import RewardModel
 from temper.train.estimate import Estimate, estimate_rows
 from temper.train.learner import Learner
-from temper.train.preference import Pair, collate_pairs, count_pairs, lengths, pairs_of
+from temper.train.preference import Pair, PairsConfig, collate_pairs, count_pairs, pairs_of, plan_pairs
 from temper.train.shared_run import write_output
 from temper.train.stage import (
-    StageConfig,
     checkpoint_hash,
     keep,
     load_policy,
     load_records,
     manifest_hash,
     open_run,
-    plan_steps,
     resume,
     rounded,
 )
 
 
-class Config(StageConfig):
+class Config(PairsConfig):
     """A scalar head on the base, trained on pairs."""
 
     data: str = Field(description="manifest folder of the pairs")
     heldout: str | None = Field(None, description="manifest folder of pairs that are only measured")
-    pairs_per_step: int = Field(16, gt=0, description="pairs of one optimizer step")
     centring: float = Field(0.01, ge=0, description="coefficient of (r_chosen + r_rejected)², which keeps rewards around zero")
 
 
@@ -48,7 +45,8 @@ def run(cfg: Config) -> dict[str, Any]:
     judge = prepare(cfg)
     pairs = pairs_of(load_records(cfg.data)[1], judge.template, cfg.max_tokens)
     heldout = pairs_of(load_records(cfg.heldout)[1], judge.template, cfg.max_tokens) if cfg.heldout else []
-    plan = plan_steps(lengths(pairs), cfg, rows_of_step=cfg.pairs_per_step)
+    kind = judge.kind(cfg.layout)
+    plan = plan_pairs(pairs, cfg, kind)
     learner = Learner(judge, cfg.optim, len(plan), seed=cfg.seed)
     metrics: dict[str, Any] = {}
 
@@ -56,7 +54,7 @@ def run(cfg: Config) -> dict[str, Any]:
         return reward_loss(judge, batch, cfg)
 
     for step in track(range(resume(folder, learner), len(plan)), f"reward {cfg.out}"):
-        batches = [collate_pairs([pairs[pair] for pair in micro], judge.template) for micro in plan[step]]
+        batches = [collate_pairs([pairs[pair] for pair in micro], judge.template, kind) for micro in plan[step]]
         metrics = learner.forward_backward(batches, loss, count_pairs) | learner.optim_step()
         if heldout and learner.step == len(plan):
             metrics |= measure(judge, heldout, cfg)
@@ -93,9 +91,10 @@ def measure(judge: RewardModel, pairs: list[Pair], cfg: Config) -> dict[str, flo
     judge.model.eval()
     right = margin = 0.0
     whole = cfg.model_copy(update={"steps": None, "epochs": 1.0})
-    for step in plan_steps(lengths(pairs), whole, rows_of_step=cfg.pairs_per_step):
+    kind = judge.kind(cfg.layout)
+    for step in plan_pairs(pairs, whole, kind):
         for micro in step:
-            sums = reward_loss(judge, collate_pairs([pairs[pair] for pair in micro], judge.template).to(judge.device), cfg).sums
+            sums = reward_loss(judge, collate_pairs([pairs[pair] for pair in micro], judge.template, kind).to(judge.device), cfg).sums
             right, margin = right + float(sums["accuracy"]), margin + float(sums["margin"])
     judge.model.train()
     return {"heldout_accuracy": right / len(pairs), "heldout_margin": margin / len(pairs), "heldout_pairs": len(pairs)}
@@ -105,6 +104,6 @@ def estimate(cfg: Config) -> Estimate:
     """What the run would cost, without training."""
     judge = prepare(cfg)
     pairs = pairs_of(load_records(cfg.data)[1], judge.template, cfg.max_tokens)
-    rows = [row for pair in pairs for row in pair]
-    plan = [[[2 * pair + side for pair in micro for side in (0, 1)] for micro in step] for step in plan_steps(lengths(pairs), cfg, rows_of_step=cfg.pairs_per_step)]
-    return estimate_rows(judge, rows, plan, lambda batch: reward_loss(judge, batch, cfg))
+    rows, kind = [row for pair in pairs for row in pair], judge.kind(cfg.layout)
+    plan = [[[2 * pair + side for pair in micro for side in (0, 1)] for micro in step] for step in plan_pairs(pairs, cfg, kind)]
+    return estimate_rows(judge, rows, plan, lambda batch: reward_loss(judge, batch, cfg), kind=kind)

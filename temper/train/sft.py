@@ -17,17 +17,20 @@ from pydantic import Field
 from temper.core.progress import track
 from temper.core.records import Record
 from temper.data.batch import collate
+from temper.data.layout import Kind
 from temper.data.sequence import Sequence
 from temper.policy.model import Policy
 from temper.train.estimate import Estimate, estimate_rows
 from temper.train.learner import Learner
 from temper.train.stage import (
     AdaptableConfig,
+    Plan,
     checkpoint_hash,
     hold_unseen,
     keep,
     load_records,
     manifest_hash,
+    micro_of,
     open_run,
     plan_steps,
     prepare,
@@ -57,13 +60,14 @@ def run(cfg: Config) -> dict[str, Any]:
     policy = prepare(cfg)
     rows = sequences(load_records(cfg.data)[1], policy, cfg)
     dev = sequences(load_records(cfg.dev)[1], policy, cfg) if cfg.dev else []
-    plan = plan_steps([len(row.tokens) for row in rows], cfg)
+    kind = policy.kind(cfg.layout)
+    plan = plan_rows(rows, cfg, kind)
     learner = Learner(policy, cfg.optim, len(plan), seed=cfg.seed)
     if cfg.hold_unseen:
         hold_unseen(learner, rows)
     metrics: dict[str, Any] = {}
     for step in track(range(resume(folder, learner), len(plan)), f"sft {cfg.out}"):
-        batches = [collate([rows[row] for row in micro], policy.template.pad_id) for micro in plan[step]]
+        batches = [collate([rows[row] for row in micro], policy.template.pad_id, kind) for micro in plan[step]]
         metrics = learner.forward_backward(batches, policy.cross_entropy) | learner.optim_step()
         if dev and (learner.step == len(plan) or (cfg.dev_every and learner.step % cfg.dev_every == 0)):
             metrics["dev_loss"] = mean_loss(policy, dev, cfg)
@@ -91,14 +95,20 @@ def sequences(records: list[Record], policy: Policy, cfg: Config) -> list[Sequen
     return rows
 
 
+def plan_rows(rows: list[Sequence], cfg: Config, kind: Kind) -> Plan:
+    """Every optimizer step: which rows, in which micro-batches."""
+    return plan_steps([len(row.tokens) for row in rows], cfg, micro_of([[row] for row in rows], kind, cfg))
+
+
 @torch.no_grad()
 def mean_loss(policy: Policy, rows: list[Sequence], cfg: Config) -> float:
     """The mean loss of `rows`, weighted as in training, with dropout off."""
     total = weight = 0.0
     policy.model.eval()
-    for micro in plan_steps([len(row.tokens) for row in rows], cfg.model_copy(update={"steps": None, "epochs": 1.0})):
+    kind = policy.kind(cfg.layout)
+    for micro in plan_rows(rows, cfg.model_copy(update={"steps": None, "epochs": 1.0}), kind):
         for numbers in micro:
-            batch = collate([rows[row] for row in numbers], policy.template.pad_id).to(policy.device)
+            batch = collate([rows[row] for row in numbers], policy.template.pad_id, kind).to(policy.device)
             total += float(policy.cross_entropy(batch).total)
             weight += float(batch.weights_B_T.sum())
     policy.model.train()
@@ -109,4 +119,5 @@ def estimate(cfg: Config) -> Estimate:
     """What the run would cost, without training."""
     policy = prepare(cfg)
     rows = sequences(load_records(cfg.data)[1], policy, cfg)
-    return estimate_rows(policy, rows, plan_steps([len(row.tokens) for row in rows], cfg), policy.cross_entropy)
+    kind = policy.kind(cfg.layout)
+    return estimate_rows(policy, rows, plan_rows(rows, cfg, kind), policy.cross_entropy, kind=kind)

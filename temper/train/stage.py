@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from temper.core.progress import track
 from temper.core.records import Manifest, Record
 from temper.core.run import RunDirectory
 from temper.core.storage import FILES, folder_hash, read_json
-from temper.data.batch import plan_batches
+from temper.data.batch import plan_batches, plan_units
+from temper.data.layout import Kind
 from temper.data.sequence import Sequence, load_manifest, to_sequence
 from temper.data.template import Template
 from temper.policy.adapters import LoraConfig
@@ -34,6 +36,7 @@ from temper.train.shared_run import SharedRun, say, write_output
 from temper.train.trackers import open_trackers
 
 Plan = list[list[list[int]]]  # optimizer steps, each a list of micro-batches, each a list of row numbers
+Micro = Callable[[list[int], random.Random], list[list[int]]]  # the rows of one step -> which of them share a micro-batch
 
 
 class StageConfig(Config):
@@ -49,7 +52,10 @@ class StageConfig(Config):
     threads: int | None = Field(None, gt=0, description="CPU threads; null leaves torch's choice")
     optim: OptimConfig = OptimConfig()
     max_tokens: int = Field(1024, gt=1, description="longest row; a longer one is cut, and refused where nothing trained is left")
-    tokens_per_batch: int = Field(8192, gt=0, description="padded tokens of one micro-batch: memory, never the gradient")
+    tokens_per_batch: int = Field(8192, gt=0, description="positions computed at once, a micro-batch: memory, never the gradient")
+    layout: Literal["auto", "padded", "packed"] = Field(
+        "auto", description="how rows are computed: padded; packed side by side; auto: packed, with what rows begin with alike computed once, where the model can"
+    )
     tokens_per_step: int = Field(8192, gt=0, description="real tokens of one optimizer step")
     epochs: float = Field(1.0, gt=0, description="passes over the rows")
     steps: int | None = Field(None, gt=0, description="optimizer steps; overrides epochs")
@@ -191,12 +197,17 @@ def tasks_of(step: int, tasks: Rows[Task], count: int, seed: int) -> list[Task]:
     return chosen
 
 
-def plan_steps(lengths: Rows[int], cfg: StageConfig, *, rows_of_step: int | None = None) -> Plan:
+def micro_of(units: Rows[Rows[Sequence]], kind: Kind, cfg: StageConfig) -> Micro:
+    """Micro-batches of `tokens_per_batch` positions as `kind` lays them out; a unit (a row, a pair) stays together."""
+    return lambda chosen, rng: plan_units([units[unit] for unit in chosen], kind, cfg.tokens_per_batch, rng)
+
+
+def plan_steps(lengths: Rows[int], cfg: StageConfig, micro: Micro | None = None, *, rows_of_step: int | None = None) -> Plan:
     """Every optimizer step of the stage, in order: which rows, in which micro-batches.
 
     Each epoch shuffles the rows and cuts them into steps of `tokens_per_step` real tokens (or of `rows_of_step`
-    rows); inside a step rows of like length share a micro-batch. A function of the config alone, so the
-    position in it is the number of the step.
+    rows); inside a step `micro` makes the micro-batches (None: padded, rows of like length together). A function of
+    the config alone, so the position in it is the number of the step.
     """
     total: Plan = []
     wanted = cfg.steps
@@ -208,7 +219,7 @@ def plan_steps(lengths: Rows[int], cfg: StageConfig, *, rows_of_step: int | None
         if wanted is None and budget < 1:
             order = order[: max(1, round(budget * len(order)))]
         for rows in cut(order, lengths, cfg.tokens_per_step, rows_of_step):
-            batches = plan_batches([lengths[row] for row in rows], cfg.tokens_per_batch, rng)
+            batches = micro(rows, rng) if micro else plan_batches([lengths[row] for row in rows], cfg.tokens_per_batch, rng)
             total.append(parallel.spread([[rows[at] for at in batch] for batch in batches]))
         epoch, budget = epoch + 1, budget - 1
     return total[:wanted]

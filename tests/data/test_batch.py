@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from temper.core.errors import DataError, ShapeError
-from temper.data.batch import collate, plan, plan_batches, plan_packed
+from temper.data.batch import collate, plan_batches, plan_packed, plan_units
 from temper.data.layout import Span, Work, lay_out, positions_of
 from temper.data.sequence import Sequence
 
@@ -177,17 +177,17 @@ def test_rows_of_like_length_share_a_batch():
 @settings(max_examples=100, deadline=None)
 def test_a_shared_plan_holds_every_pair_once_and_keeps_the_budget(drawn, budget, seed):
     units = [[row(*[9] * (40 * which + 1), *one), row(*[9] * (40 * which + 1), *other)] for which, one, other in drawn]
-    made = plan(units, "shared", budget, random.Random(seed))
+    made = plan_units(units, "shared", budget, random.Random(seed))
     assert sorted(number for batch in made for number in batch) == list(range(len(units)))
     for batch in made:
         slack = 15 * 2 * len(batch)  # stretches that were not worth sharing
         assert len(batch) == 1 or positions_of([each.tokens for number in batch for each in units[number]], "shared") <= budget + slack
-    assert made == plan(units, "shared", budget, random.Random(seed))
+    assert made == plan_units(units, "shared", budget, random.Random(seed))
 
 
 def test_rows_that_begin_alike_share_a_batch():
     """Two prompts of 30 with three answers of 5 each: 45 positions a prompt. Two batches of 60 hold a group each, whole."""
     units = [[row(*range(100 * prompt, 100 * prompt + 30), *[answer] * 5)] for answer in (1, 2, 3) for prompt in (1, 2)]
-    assert sorted(map(sorted, plan(units, "shared", 60))) == [[0, 2, 4], [1, 3, 5]]
-    assert plan(units, "padded", 105) == [[0, 1, 2], [3, 4, 5]]
-    assert sorted(map(len, plan(units, "packed", 105))) == [3, 3]
+    assert sorted(map(sorted, plan_units(units, "shared", 60))) == [[0, 2, 4], [1, 3, 5]]
+    assert plan_units(units, "padded", 105) == [[0, 1, 2], [3, 4, 5]]
+    assert sorted(map(len, plan_units(units, "packed", 105))) == [3, 3]
