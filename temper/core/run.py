@@ -10,12 +10,15 @@ runs/demo/sft/
 
 from __future__ import annotations
 
+import glob
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,6 +31,7 @@ from temper.core.hashing import hash_folder, hash_value
 from temper.core.storage import disk_errors, read_json, verify_folder, whole_folder, write_json, write_text
 
 KEEP_CHECKPOINTS = 2
+SCRATCH = re.compile(r"\..+\.[0-9a-f]{8}")
 TRAINING_ROOMS = ("data", "policy", "rollout", "train", "environments")  # the code that can change a weight
 PINNED = ("torch", "transformers", "tokenizers", "llguidance", "pydantic")
 
@@ -81,6 +85,14 @@ class Tracker(Protocol):
         ...
 
 
+def sweep(path: Path) -> None:
+    """Remove what a killed process was writing or removing when it died: scratch files and folders, `.name.<8 hex digits>`."""
+    inside = [found for found in path.rglob(".*") if SCRATCH.fullmatch(found.name)]
+    beside = [found for found in path.parent.glob(f".{glob.escape(path.name)}.*") if SCRATCH.fullmatch(found.name)]
+    for left in inside + beside:
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 class RunDirectory:
     """Where one stage writes. Made by `create`; `key` names the work, so equal work is done once."""
 
@@ -100,9 +112,11 @@ class RunDirectory:
         run = cls(path, key)
         described = path / "stage.json"
         if described.is_file() and read_json(described)["key"] != key:
-            shutil.rmtree(path)
+            # at once, or a kill in the middle would leave checkpoints of that work under this one's name
+            path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}"))
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
+            sweep(path)
         if not described.is_file():
             write_json(described, {
                 "key": key, "stage": stage, "config": config, "inputs": inputs, "code": code_revision(),
@@ -176,7 +190,7 @@ class RunDirectory:
         for path in reversed(self.checkpoints()):
             try:
                 verify_folder(path)
-            except IntegrityError as error:
+            except (IntegrityError, ValueError) as error:  # the listing of the hashes may be torn as well
                 print(f"passing over a torn checkpoint: {error}", file=sys.stderr)
                 continue
             return int(path.name.removeprefix("step-")), path
