@@ -31,7 +31,7 @@ class QuantisedLinear(nn.Linear):
         return linear(self, x)
 
 
-def quantise(model: nn.Module, head: nn.Module) -> int:
+def pack_layers(model: nn.Module, head: nn.Module) -> int:
     """Pack every linear layer of `model` but its `head`; return how many."""
     chosen = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     for path, module in chosen:

@@ -29,11 +29,13 @@ from temper.policy.hardware import Precision, choose_device, choose_precision, k
 from temper.policy.head import Divergence, Head, cross_entropy, divergence, token_values
 from temper.policy.inputs import decoder_inputs, scatter, support_of
 from temper.policy.lean import Lean
+from temper.policy.linear import pack_layers
 from temper.policy.lora_linear import Router
 from temper.policy.losses import LossOut
 from temper.policy.merging import Merge
 from temper.policy.packing import Packing
 from temper.policy.products import prefer_onednn
+from temper.policy.quantised import Quantisation
 from temper.policy.recompute import decoder_layers, recomputing
 
 log = logging.getLogger("temper.policy")
@@ -244,6 +246,23 @@ class Policy:
 
     # --- adapters ---
 
+    def quantise(self, kind: Quantisation) -> None:
+        """Freeze the base and hold its linear layers, the head apart, in four bits: what QLoRA trains adapters beside.
+
+        Raises ConfigError where adapters are here already, MissingDependency without bitsandbytes.
+        """
+        if self.router.names or self.packed:
+            raise ConfigError(f"quantise: {kind} came too late", why="adapters stand on the layers already, or they are packed", do="quantise right after loading")
+        self.freeze_base()
+        count = pack_layers(self.model, self.model.get_output_embeddings())
+        held = sum(weight.numel() * weight.element_size() for weight in self.base_parameters().values())
+        log.info("%d linear layers of %s held as %s; the base takes %.1f MiB", count, self.path, kind, held / 2**20)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the base is held in four bits."""
+        return any(weight.dtype is torch.uint8 for weight in self.model.parameters())
+
     def adapters(self) -> list[str]:
         """The names of the adapters on this policy, sorted."""
         return sorted(self.router.names)
@@ -347,8 +366,11 @@ class Policy:
     def save(self, folder: str | Path) -> None:
         """Write a plain transformers checkpoint with tokenizer and template; adapters are left out.
 
-        A new folder is whole or absent; an existing one (the scratch of `whole_folder`) is filled.
+        A new folder is whole or absent; an existing one (the scratch of `whole_folder`) is filled. Raises ConfigError
+        for a base in four bits, which is not what it was loaded from.
         """
+        if self.packed:
+            raise ConfigError("a base held in four bits is not saved", why=f"its weights stand in {self.path} in full", do="save the adapter")
         with filled(Path(folder)) as scratch:
             names = self.base_parameters().keys()
             state = {name: value for name, value in self.model.state_dict().items() if name in names}

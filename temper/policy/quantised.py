@@ -61,11 +61,13 @@ def dense(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     inner = functional.QuantState(
         absmax=held["nested_absmax"], code=_absmax_levels(layer.weight.device), blocksize=ABSMAX_BLOCK, dtype=torch.float32
     )
+    # as one long row: bitsandbytes 0.50's kernel for CPUs starts a block anew in each row, where its packing does not,
+    # and so gives other numbers for a width that is no multiple of the block
     outer = functional.QuantState(
-        absmax=held["absmax"], shape=torch.Size((layer.out_features, layer.in_features)), dtype=dtype, blocksize=BLOCK, quant_type="nf4",
-        code=_levels(layer.weight.device), offset=held["absmax_mean"], state2=inner,
+        absmax=held["absmax"], shape=torch.Size((1, layer.out_features * layer.in_features)), dtype=dtype, blocksize=BLOCK,
+        quant_type="nf4", code=_levels(layer.weight.device), offset=held["absmax_mean"], state2=inner,
     )  # fmt: skip
-    return functional.dequantize_4bit(layer.weight.view(-1, 1), outer)
+    return functional.dequantize_4bit(layer.weight.view(-1, 1), outer).view(layer.out_features, layer.in_features)
 
 
 @cache

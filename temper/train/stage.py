@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from temper.core.config import Config
-from temper.core.errors import DataError, ManifestError
+from temper.core.errors import ConfigError, DataError, ManifestError
 from temper.core.hashing import hash_file, hash_folder, hash_text, hash_value, stream_seed
 from temper.core.progress import track
 from temper.core.records import Manifest, Record
@@ -29,6 +29,7 @@ from temper.data.sequence import Sequence, load_manifest, to_sequence
 from temper.data.template import Template
 from temper.policy.adapters import LoraConfig
 from temper.policy.model import Policy
+from temper.policy.quantised import Quantisation
 from temper.rollout.environment import Environment, Task
 from temper.train import parallel
 from temper.train.learner import Learner, OptimConfig
@@ -70,6 +71,7 @@ class AdaptableConfig(StageConfig):
     lora: LoraConfig | None = Field(None, description="train an adapter of this form instead of the weights")
     adapter: str = Field("adapter", description="the adapter's name")
     initial_adapter: str | None = Field(None, description="folder of an adapter to go on from")
+    quantise: Quantisation | None = Field(None, description="hold the frozen base in four bits while an adapter is trained (QLoRA): nf4")
 
     @property
     def trains(self) -> str | None:
@@ -129,6 +131,10 @@ def prepare(cfg: AdaptableConfig) -> Policy:
     """The base with what is to be trained on it: all weights, a fresh adapter, or one to go on from."""
     policy = load_policy(cfg)
     policy.template.require()
+    if cfg.quantise:
+        if not cfg.trains:
+            raise ConfigError(f"quantise: {cfg.quantise} without an adapter", why="weights in four bits cannot be trained", do="set lora, or leave quantise out")
+        policy.quantise(cfg.quantise)
     if cfg.initial_adapter:
         policy.freeze_base()
         policy.load_adapter(cfg.adapter, cfg.initial_adapter)

@@ -1,0 +1,50 @@
+"""The optimizers: AdamW with float32 moments, or with moments in eight bits by bitsandbytes.
+
+Eight bits (Dettmers et al. 2022, section 2): moments in blocks of 256, each divided by its largest magnitude and rounded
+to 256 levels: 2 bytes a weight instead of 8. Weights of fewer than 4,096 numbers keep float32 moments. The paged kind
+holds them in memory that CUDA moves to the host when the device is full (Dettmers et al. 2023, section 3).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from temper.core.errors import ConfigError
+from temper.policy.quantised import bitsandbytes
+
+log = logging.getLogger("temper.train")
+Kind = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+
+
+def make_optimizer(kind: Kind, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+    """The optimizer of that kind over `groups`, each with its own weight_decay.
+
+    Its state is tensors throughout, so that a checkpoint can hold it. Raises MissingDependency where the kind needs
+    bitsandbytes and it is not here, ConfigError where weights are sharded over ranks.
+    """
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    library = bitsandbytes(f"optim.kind: {kind}")
+    weights = [weight for group in groups for weight in group["params"]]
+    if any(isinstance(weight, DTensor) for weight in weights):
+        raise ConfigError(f"optim.kind: {kind} cannot update weights that are sharded over ranks",
+                          why="its kernels read a weight as one block of memory", do="use adamw, or one process")  # fmt: skip
+    if kind == "paged_adamw8bit" and not all(weight.is_cuda for weight in weights):
+        log.warning("optim.kind: paged_adamw8bit pages on CUDA only; here it is adamw8bit")
+        kind = "adamw8bit"
+    optimizer = getattr(library.optim, EIGHT_BIT[kind])(groups, lr=lr, betas=betas, eps=eps)
+    optimizer.register_step_post_hook(_settle)
+    return optimizer
+
+
+def _settle(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Say that weights changed, for bitsandbytes writes past autograd's count of versions and what is kept of a weight
+    (stacked adapters) is keyed by it; and hold the count of steps as a tensor."""
+    for weight, state in optimizer.state.items():
+        torch.autograd.graph.increment_version(weight)
+        state["step"] = torch.as_tensor(state["step"])
