@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from temper.data.batch import Batch
+from temper.data.batch import Batch, collate
+from temper.data.sequence import Sequence
 from temper.policy.products import times_transposed
 
 FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = 2, 2, 2  # operations a weight and token
+PROBE_POSITIONS = 128
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Cost:
         width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         dtype = getattr(policy, "compute_dtype", torch.float32)
         return cls(
-            body=sum(weight.numel() for weight in matrices),
+            body=sum(weight.numel() * (2 if weight.dtype is torch.uint8 else 1) for weight in matrices),  # two four-bit weights a byte
             body_trained=sum(weight.numel() for weight in matrices if weight.requires_grad),
             head=head_weight.numel() if head_weight is not None else 0,
             head_trained=bool(head_weight is not None and head_weight.requires_grad),
@@ -60,6 +62,42 @@ class Cost:
         """Operations that one batch needs: padding is not counted, nor a beginning that the layout shares a second time."""
         work = batch.work
         return self.of_counts(work.tokens, float(batch.mask_B_T.sum()), work.attended)
+
+    @property
+    def recomputed_share(self) -> float:
+        """What running the layers a second time adds to a step's operations outside the head."""
+        return FORWARD * self.body / ((FORWARD + BACKWARD_INPUT) * self.body + BACKWARD_WEIGHT * self.body_trained)
+
+
+def kept_bytes(policy: Any, *, recompute: bool) -> float:
+    """Bytes a position that a forward of a Policy's decoder keeps for the backward, weights not counted; measured on one row.
+
+    What an operation keeps beside autograd's own store (attention's probabilities on a CPU) is not seen, so it is the least.
+    """
+    weights = {weight.untyped_storage().data_ptr() for weight in policy.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    row = collate([Sequence([policy.template.pad_id] * PROBE_POSITIONS, [0.0] * PROBE_POSITIONS)], policy.template.pad_id).to(policy.device)
+    before, policy.recompute = policy.recompute, recompute
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            alive = policy.computed(row, None)  # until it is let go, nothing that was kept is freed and its place used again
+    finally:
+        policy.recompute = before
+    return sum(kept.values()) / alive.shape[1]
+
+
+def price_of_recomputing(cost: Cost, policy: Any) -> str:
+    """What activation checkpointing costs and saves on this model, in words."""
+    less, all_of_it = (kept_bytes(policy, recompute=recompute) for recompute in (True, False))
+    return (f"recompute: {cost.recomputed_share:.0%} more operations outside the head; the layers keep {less / 1e3:.1f} MB "
+            f"instead of {all_of_it / 1e3:.1f} MB for 1,000 positions")  # fmt: skip
 
 
 @cache

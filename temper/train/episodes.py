@@ -16,6 +16,7 @@ from temper.policy.losses.policy_gradient import LEVELS, TREATMENTS
 from temper.rollout.engine import Engine
 from temper.rollout.environment import Environment, Task
 from temper.rollout.episodes import collect
+from temper.train import parallel
 from temper.train.learner import Learner
 from temper.train.stage import AdaptableConfig, checkpoint_hash
 
@@ -83,9 +84,14 @@ def steps_of(cfg: EpisodeConfig, tasks: Rows[Task]) -> int:
 
 
 def sample(engine: Engine, environment: Environment, tasks: Rows[Task], cfg: EpisodeConfig, *stream: str | int) -> list[list[Record]]:
-    """`group` judged episodes of each task, through the adapter under training; `stream` names the random stream."""
-    return collect(engine, environment, tasks, group=cfg.group, temperature=cfg.temperature, constrained=cfg.constrained,
-                   seed=stream_seed(cfg.seed, *stream), adapter_of=lambda task: cfg.trains)  # fmt: skip
+    """`group` judged episodes of each task, through the adapter under training; `stream` names the random stream.
+
+    Of several ranks each samples its share of the tasks, and every one gets all episodes.
+    """
+    with parallel.whole(engine.policy.model):
+        mine = collect(engine, environment, parallel.share(tasks), group=cfg.group, temperature=cfg.temperature, constrained=cfg.constrained,
+                       seed=stream_seed(cfg.seed, *stream), adapter_of=lambda task: cfg.trains)  # fmt: skip
+    return parallel.gathered(mine)
 
 
 def parts(rows: Rows[Sequence], learner: Learner, cfg: EpisodeConfig) -> list[list[Batch]]:

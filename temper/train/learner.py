@@ -24,7 +24,9 @@ from temper.core.hashing import stream_seed
 from temper.data.batch import Batch
 from temper.policy.losses import LossOut
 from temper.train import checkpoint, parallel
-from temper.train.cost import Cost
+from temper.train.cost import Cost, price_of_recomputing
+from temper.train.optimizers import Kind, make_optimizer
+from temper.train.shared_run import say
 
 Loss = Callable[[Batch], LossOut]
 Count = Callable[[Batch], float]
@@ -37,6 +39,7 @@ class DivergedError(TemperError, ArithmeticError):
 class OptimConfig(Config):
     """AdamW (Loshchilov & Hutter 2019) with warm-up, a schedule and clipping."""
 
+    kind: Kind = Field("adamw", description="adamw; adamw8bit and paged_adamw8bit hold the moments in eight bits, by bitsandbytes")
     lr: float = Field(1e-3, gt=0, description="highest learning rate, reached at the end of the warm-up")
     weight_decay: float = Field(0.01, ge=0, description="decoupled decay of matrices; norms, biases and embeddings have none")
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's first and second moment")
@@ -100,10 +103,12 @@ class Learner:
         if not policy.trainable_parameters():
             raise DataError("nothing to train", why="every parameter is frozen", do="add an adapter, or load the policy without freeze_base")
         self.cost = Cost.of(policy)
+        if getattr(policy, "policy", policy).recompute:
+            say(price_of_recomputing(self.cost, getattr(policy, "policy", policy)))
         if parallel.world() > 1:
             parallel.shard(policy)
         self.parameters: dict[str, nn.Parameter] = policy.trainable_parameters()
-        self.optimizer = torch.optim.AdamW(decay_groups(policy.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        self.optimizer = make_optimizer(optim.kind, decay_groups(policy.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.held: dict[str, Tensor] = {}
         self.step = 0
         self.memory: dict[str, Any] = {}  # what a stage must remember across a resume, in JSON's types

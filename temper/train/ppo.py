@@ -27,6 +27,7 @@ from temper.policy.model import Policy
 from temper.policy.returns import gae, token_rewards, whiten
 from temper.policy.scalar_head import RewardModel
 from temper.rollout.engine import Engine
+from temper.train import parallel
 from temper.train.credit import AGGREGATIONS, decoupled, episode_row, policy_loss
 from temper.train.episodes import EpisodeConfig, inputs, parts, sample, steps_of
 from temper.train.estimate import Estimate, estimate_rows
@@ -127,7 +128,7 @@ def run(cfg: Config) -> dict[str, Any]:
         if cfg.kl_target and rows:
             both.actor.memory["kl"] = adapted(now.kl, found["kl_episode"], cfg.kl_target)
         folder.log(both.step, rounded(metrics))
-        if step % cfg.keep_episodes_every == 0 or step == steps - 1:
+        if parallel.rank() == 0 and (step % cfg.keep_episodes_every == 0 or step == steps - 1):
             write_jsonl(folder.path / "episodes" / f"step-{step:06d}.jsonl", [record for group in records_P_G for record in group])
         keep(folder, both, cfg, stride=cfg.updates)  # type: ignore[arg-type]
     return folder.finish(save_trained(folder, policy, cfg) | {"tasks": len(tasks), "steps": steps, "metrics": rounded(metrics)}, started)

@@ -17,6 +17,7 @@ from temper.core.hashing import hash_value
 from temper.core.storage import write_bytes
 from temper.data.sequence import Sequence
 from temper.policy.model import Policy
+from temper.train import parallel
 
 
 def with_reference(rows: Rows[Sequence], reference: Policy, folder: Path, score: Callable[[], list[Tensor]]) -> list[Sequence]:
@@ -30,10 +31,11 @@ def with_reference(rows: Rows[Sequence], reference: Policy, folder: Path, score:
                           do="score before training begins, or score a moving reference batch by batch")  # fmt: skip
     key = cache_key(rows, reference)
     path = folder / f"reference-{key[:16]}.safetensors"
-    flat_N = read(path, key)
-    if flat_N is None:
-        flat_N = torch.cat(score()).contiguous()
-        write_bytes(path, save({"logprobs": flat_N}, metadata={"key": key}))
+    with parallel.rank_zero_first():
+        flat_N = read(path, key)
+        if flat_N is None:
+            flat_N = torch.cat(score()).contiguous()
+            write_bytes(path, save({"logprobs": flat_N}, metadata={"key": key}))
     values, at, found = flat_N.tolist(), 0, []
     for row in rows:
         found.append(dataclasses.replace(row, ref_logprobs=values[at : at + len(row.tokens)]))

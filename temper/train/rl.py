@@ -24,6 +24,7 @@ from temper.policy.kl import adapted
 from temper.policy.model import Policy
 from temper.rollout.engine import Engine
 from temper.rollout.environment import Environment, Task
+from temper.train import parallel
 from temper.train.credit import AGGREGATIONS, credited, decoupled, episode_row, guide_of, policy_loss, reward_of
 from temper.train.episodes import EpisodeConfig, inputs, parts, sample, steps_of
 from temper.train.estimate import Estimate, estimate_rows
@@ -86,7 +87,7 @@ def run(cfg: Config) -> dict[str, Any]:
         guides_P = [guide_of(environment, task, policy.template, cfg.max_tokens) for task in chosen] if cfg.guidance else []
         metrics |= update(learner, reference, credited(records_P_G, cfg, guides_P), cfg)
         folder.log(learner.step, rounded(metrics))
-        if step % cfg.keep_episodes_every == 0 or step == steps - 1:
+        if parallel.rank() == 0 and (step % cfg.keep_episodes_every == 0 or step == steps - 1):
             write_jsonl(folder.path / "episodes" / f"step-{step:06d}.jsonl", [record for group in records_P_G for record in group])
         keep(folder, learner, cfg, stride=cfg.minibatches)
     return folder.finish(save_trained(folder, policy, cfg) | {"tasks": len(tasks), "steps": steps, "metrics": rounded(metrics)}, started)

@@ -53,8 +53,9 @@ def world(base, tmp_path_factory) -> dict:
     (folder / "two").mkdir()
     rows, two_sided = manifest(folder / "rows", conversations(24)), manifest(folder / "pairs", pairs(15))
     keys = {"base": base, "data": rows, "steps": 6, "tokens_per_step": 150, "checkpoint_every": 2, **ranks.SMALL}
-    adapted, judged = {**keys, **ranks.LORA}, {**keys, "data": two_sided, "pairs_per_step": 3}
+    adapted, judged = {**keys, **ranks.LORA}, {**keys, "data": two_sided, "pairs_per_step": 3, "optim": {"lr": 1e-3}}
     del judged["tokens_per_step"]
+    acting = {"base": base, "steps": 3, "tasks_per_step": 3, "group": 4, "kl": 0.1, "environment": "worlds:say", **ranks.SMALL, **ranks.LORA}
     # "back": one process stops in the middle, two go on
     assert ranks.run_stage("sft", {**keys, "out": str(folder / "back")}, 4) is None
     asked = {
@@ -65,10 +66,11 @@ def world(base, tmp_path_factory) -> dict:
             ["sft", {**keys, "out": str(folder / "back")}, None],
             ["sft", {**adapted, "out": str(folder / "adapter")}, 4],
             ["reward", {**judged, "out": str(folder / "reward")}, None],
+            ["rl", {**acting, "out": str(folder / "rl")}, None],
         ],
     }
     said = finished(launch(folder, asked))
-    return {"folder": folder, "keys": keys, "adapted": adapted, "judged": judged, "rows": rows, "pairs": two_sided, "said": said}
+    return {"folder": folder, "keys": keys, "adapted": adapted, "judged": judged, "acting": acting, "rows": rows, "pairs": two_sided, "said": said}
 
 
 @pytest.mark.parametrize("case", ["sft", "sft lora", "sft recomputed", "preference"])
@@ -124,6 +126,19 @@ def test_a_reward_model_of_two_ranks_is_saved_whole(world) -> None:
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, **TOLERANCE, msg=lambda told, name=name: f"{name}: {told}")
     RewardModel.load(folder / "reward/reward_model", precision="float32")  # verifies the hash of its weights
+
+
+def test_two_ranks_sample_their_share_and_learn_from_all_of_it(world) -> None:
+    """RL: three tasks over two ranks; what is drawn depends on seed, task and number alone, so the episodes are those of one process."""
+    folder, acting = world["folder"], world["acting"]
+    ranks.run_stage("rl", {**acting, "out": str(folder / "rl alone")})
+    for step in (0, 2):
+        one, two = ((folder / name / f"episodes/step-{step:06d}.jsonl").read_text().splitlines() for name in ("rl alone", "rl"))
+        assert [[turn["token_ids"] for turn in json.loads(line)["sampled"]] for line in one] == [[turn["token_ids"] for turn in json.loads(line)["sampled"]] for line in two]
+    one, two = weights_of(folder / "rl alone/adapter"), weights_of(folder / "rl/adapter")
+    assert any(bool(value.abs().max() > 1e-4) for name, value in one.items() if "lora_B" in name)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, **TOLERANCE, msg=lambda told, name=name: f"{name}: {told}")
 
 
 def test_a_killed_rank_ends_the_job_with_a_word_and_the_job_goes_on(world, tmp_path) -> None:
