@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 ROUNDING = 1e-5  # relative: float32 stays below it, bfloat16 far above
 SMALLEST = 1 << 20  # multiply-adds: below this the reordering of operands costs more than it saves
@@ -50,35 +49,42 @@ def prefer_onednn() -> bool:
     return kept
 
 
-def times_transposed(left_N_K: Tensor, right_M_K: Tensor) -> Tensor:
-    """`left @ right.T`, outside autograd."""
+def times_transposed(left_N_K: Tensor, right_M_K: Tensor, out: Tensor | None = None) -> Tensor:
+    """`left @ right.T`, outside autograd; into `out` where given."""
     large = left_N_K.shape[0] * left_N_K.shape[1] * right_M_K.shape[0] >= SMALLEST
-    if large and left_N_K.dtype is torch.float32 and left_N_K.device.type == "cpu" and onednn_is_faster():
-        return torch.ops.mkldnn._linear_pointwise(left_N_K, right_M_K.contiguous(), None, "none", [], "")
-    return F.linear(left_N_K, right_M_K)
+    plain = left_N_K.dtype is not torch.float32 or left_N_K.device.type != "cpu" or not large
+    if plain or not onednn_is_faster() or prefer_onednn():
+        return torch.mm(left_N_K, right_M_K.T, out=out)
+    found = torch.ops.mkldnn._linear_pointwise(left_N_K, right_M_K.contiguous(), None, "none", [], "")
+    return found if out is None else out.copy_(found)
 
 
 def times(left_N_K: Tensor, right_K_M: Tensor) -> Tensor:
     """`left @ right`, outside autograd."""
-    if prefer_onednn():
-        return left_N_K @ right_K_M  # in oneDNN already; the other way would copy `right` transposed, a head's whole matrix for each tile
     return times_transposed(left_N_K, right_K_M.T)
 
 
 def add_times_(sum_N_M: Tensor, left_N_K: Tensor, right_K_M: Tensor) -> None:
-    """`sum += left @ right` in place, outside autograd; of one dtype the product itself sums: one pass over `sum`, not three."""
+    """`sum += left @ right` in place, outside autograd; of one dtype the product itself sums: one pass over `sum`, not three.
+
+    A GPU multiplies bfloat16 into float32, so that no partial sum is rounded; a CPU rounds each product once.
+    """
     if sum_N_M.dtype is left_N_K.dtype:
         sum_N_M.addmm_(left_N_K, right_K_M)
+    elif left_N_K.is_cuda and left_N_K.dtype is torch.bfloat16:
+        sum_N_M += torch.mm(left_N_K, right_K_M, out_dtype=torch.float32)
     else:
         sum_N_M += times(left_N_K, right_K_M)
 
 
-def accurate_times_transposed(left_N_K: Tensor, right_M_K: Tensor, dtype: torch.dtype) -> Tensor:
+def accurate_times_transposed(left_N_K: Tensor, right_M_K: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """`left @ right.T` as float32 (float64 for float64): inputs may be rounded to `dtype`, the result is not.
 
-    A CPU has no product of bfloat16 with a float32 result, so there the operands stay float32.
+    A CPU has no product of bfloat16 with a float32 result, so there the operands stay float32. Written into `out`
+    where given, which must be of that dtype.
     """
     if dtype is torch.bfloat16 and left_N_K.is_cuda:
-        return torch.mm(left_N_K.to(dtype), right_M_K.to(dtype).T, out_dtype=torch.float32)
+        found: Tensor = torch.mm(left_N_K.to(dtype), right_M_K.to(dtype).T, out_dtype=torch.float32)
+        return found if out is None else out.copy_(found)
     wide = torch.float64 if left_N_K.dtype is torch.float64 else torch.float32
-    return times_transposed(left_N_K.to(wide), right_M_K.to(wide))
+    return times_transposed(left_N_K.to(wide), right_M_K.to(wide), out)

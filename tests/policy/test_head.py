@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from policy_doubles import make_batch, tiny_policy
@@ -9,8 +11,9 @@ from torch.autograd import gradcheck
 
 from temper.core.errors import DataError, ShapeError
 from temper.policy import losses
-from temper.policy.head import Head, cross_entropy, divergence, token_values
+from temper.policy.head import GRADIENTS, Head, by_autograd, cross_entropy, divergence, token_values
 from temper.policy.support import Support
+from temper.policy.tiles import TILE_LOGITS, TILE_ROWS, blocks, softmax_
 
 ROWS, WIDTH, VOCAB = 37, 6, 11
 ALLOWED = [None if row % 3 else (row % VOCAB, (row + 4) % VOCAB, (row + 5) % VOCAB) for row in range(ROWS)]
@@ -24,7 +27,7 @@ def setting(*, softcap=None, bias=True, grad=True):
         torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_(grad)
         for shape in ((ROWS, WIDTH), (VOCAB, WIDTH), (VOCAB,))
     )
-    return hidden, weight, b if bias else None, lambda h, w, b: Head(w, b, softcap, torch.float64, tile_logits=16 * VOCAB)
+    return hidden, weight, b if bias else None, lambda h, w, b: Head(w, b, softcap, torch.float64, rows=16)
 
 
 def whole(hidden, weight, bias, *, softcap=None, temperature=1.0, support=False):
@@ -109,12 +112,61 @@ def test_the_size_of_the_tile_changes_nothing_but_rounding():
     hidden, weight, _, _ = setting(bias=False)
     hidden, weight = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
     found = []
-    for tile in (1, 16 * VOCAB, 1 << 20):
-        total, _, _ = cross_entropy(hidden, Head(weight, tile_logits=tile), TARGETS, torch.ones(ROWS))
+    for rows in (1, 16, None):
+        total, _, _ = cross_entropy(hidden, Head(weight, rows=rows), TARGETS, torch.ones(ROWS))
         found.append((total.detach(), *torch.autograd.grad(total, (hidden, weight))))
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_logits_become_probabilities_in_place_block_by_block(device):
+    logits = 30 * torch.randn(7, 1 << 17, generator=torch.Generator().manual_seed(3)).to(device)
+    logits[0, 5:] = -1e30  # a support of five tokens
+    logits[1] = logits[1, 0]  # all equal: the entropy is the largest there is
+    assert device != "cpu" or len(list(blocks(logits))) > 1
+    exact = logits.double()
+    for entropy in (False, True):
+        p = logits.clone()
+        logz, found = softmax_(p, entropy=entropy)
+        torch.testing.assert_close(p.double(), exact.softmax(-1), atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(logz.double(), exact.logsumexp(-1), atol=1e-5, rtol=1e-6)
+    expected = -(exact.softmax(-1) * exact.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_tiles_cover_every_row_once_and_are_never_higher_than_one_buffer(monkeypatch):
+    head, seen = Head(torch.randn(50, 4), rows=8), []
+    inner = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda self, hidden, *rest: seen.append(len(hidden)) or inner(self, hidden, *rest))
+    cross_entropy(torch.randn(21, 4), head, torch.arange(21), torch.ones(21))
+    assert seen == [7, 7, 7]
+    wide = Head(torch.empty(150_000, 1), dtype=torch.float32)
+    assert (Head(torch.empty(100, 1)).tile_rows, wide.tile_rows) == (TILE_ROWS["cpu"], 128)
+    assert Head(torch.empty(32_768, 1)).tile_rows * 32_768 <= TILE_LOGITS["cpu"]
+    assert [list(range(21))[rows] for rows in head.tiles(21)] == [list(range(at, at + 7)) for at in (0, 7, 14)]
+
+
+def test_a_z_loss_that_cancels_a_row_leaves_a_finite_gradient():
+    hidden, weight, _, _ = setting(bias=False)
+    z = -0.5 / float((hidden @ weight.T).logsumexp(-1)[0].detach())  # 1 + 2 z logZ is zero in the first row
+    total, _, _ = cross_entropy(hidden, Head(weight, dtype=torch.float64), TARGETS, torch.ones(ROWS), z_loss=z)
+    logits = hidden @ weight.T
+    expected = (-logits.log_softmax(-1).gather(1, TARGETS[:, None]).squeeze(1) + z * logits.logsumexp(-1).square()).sum()
+    for one, other in zip(*[torch.autograd.grad(item, (hidden, weight)) for item in (total, expected)], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("measure", [losses.forward_kl, losses.reverse_kl], ids=["forward", "reverse"])
+def test_a_written_gradient_is_autograds_and_takes_a_teacher_that_excludes_tokens(measure):
+    student, teacher = (torch.randn(5, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for one, other in zip(*[function(student.log_softmax(-1), teacher.log_softmax(-1)) for function in (GRADIENTS[measure], by_autograd(measure))], strict=True):
+        torch.testing.assert_close(one, other)
+    teacher[:, 3] = -math.inf
+    values, gradient = GRADIENTS[losses.forward_kl](student.log_softmax(-1), teacher.log_softmax(-1))
+    torch.testing.assert_close(values, losses.forward_kl(student.log_softmax(-1), teacher.log_softmax(-1)))
+    assert bool(gradient.isfinite().all())
 
 
 def test_bfloat16_products_leave_the_forward_in_float32():
