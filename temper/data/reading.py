@@ -20,6 +20,7 @@ class Piece(NamedTuple):
 class TurnReader:
     """Reads a turn as `Template.parse` would, but from the front: no later token changes what was given.
 
+    `stops` are strings that end the text, and are no part of it.
     `dropped` are the control tokens that are no text, `bytewise` those that stand for one byte.
     What could still turn out to be a mark (of thinking, of a call) is kept back, and so is everything from a call on:
     at every moment the pieces given so far are the start of the parsed message's thinking and content.
@@ -27,8 +28,9 @@ class TurnReader:
 
     def __init__(
         self, decode: Callable[[Sequence[int]], str], dropped: Container[int], bytewise: Container[int],
-        think: ThinkSyntax | None, lead: str, calls: CallSyntax | None,
+        think: ThinkSyntax | None, lead: str, calls: CallSyntax | None, stops: Sequence[str] = (),
     ) -> None:  # fmt: skip
+        self.stops, self.tail, self.stopped = stops, "", False
         self.decode, self.dropped, self.bytewise = decode, dropped, bytewise
         self.think, self.lead, self.calls = think, lead, calls
         self.ids: list[int] = []
@@ -46,7 +48,16 @@ class TurnReader:
             state = self.state
             piece = state()
             thinking, text = thinking + piece.thinking, text + piece.text
-        return Piece(thinking, text)
+        return Piece(thinking, self._until_stop(text))
+
+    def _until_stop(self, text: str) -> str:
+        """What is certain to stand before any stop string."""
+        self.tail += text
+        place = min((place for stop in self.stops if (place := self.tail.find(stop)) >= 0), default=len(self.tail))
+        certain = 0 if self.stopped else min(place, len(self.tail) - held(self.tail, *self.stops))
+        self.stopped = self.stopped or certain == place < len(self.tail)
+        given, self.tail = self.tail[:certain], self.tail[certain:]
+        return given
 
     def _decoded(self, token: int) -> str:
         if token in self.dropped:

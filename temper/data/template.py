@@ -256,10 +256,11 @@ class Template:
         """Tokens as text, control tokens and all."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def reader(self, *, calls: bool = True) -> TurnReader:
-        """What reads a turn token by token, as it is sampled; what it gives never has to be taken back."""
-        syntax = self.traits.call_syntax if calls else None
-        return TurnReader(self.decode, self._dropped[calls], self.encoder.bytewise, self.traits.think_syntax, self.traits.lead, syntax)
+    def reader(self, *, calls: bool = True, stops: Sequence[str] = ()) -> TurnReader:
+        """What reads a turn token by token, as it is sampled, up to the first of `stops`; nothing it gives is ever taken back."""
+        traits = self.traits
+        syntax = traits.call_syntax if calls else None
+        return TurnReader(self.decode, self._dropped[calls], self.encoder.bytewise, traits.think_syntax, traits.lead, syntax, stops)
 
     @cached_property
     def _dropped(self) -> dict[bool, frozenset[int]]:

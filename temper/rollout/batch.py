@@ -158,6 +158,8 @@ class Batch:
                     row.support.append(allowed_ids(row, logits_R_V[number]))
                 if row.matcher is not None:
                     self.engine.grammars.consume(row, tokens[number])
+                if row.request.heard is not None and not row.request.heard(tokens[number], self.routed[number]):
+                    row.failed = True
             if row.done:
                 ended.append(number)
         for number in reversed(ended):

@@ -22,6 +22,8 @@ class Request:
 
     `stop_ids` defaults to the template's. `seed` alone decides what is drawn from the model's distributions.
     With `keep_support` the tokens that grammar or truncation allowed are recorded with every sampled token.
+    `heard` is told each token as it is sampled, and the adapter it came through; where it answers false the row ends
+    there, with finish reason `error`.
     """
 
     prompt_ids: Sequence[int]
@@ -34,6 +36,7 @@ class Request:
     grammar: Grammar | None = None
     stop_ids: frozenset[int] | None = None
     keep_support: bool = False
+    heard: Callable[[int, str | None], bool] | None = field(default=None, compare=False)
 
     @property
     def truncated(self) -> bool:

@@ -10,29 +10,30 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from temper.core.config import parse_config
 from temper.core.errors import TemperError
-from temper.core.records import Sampled
 from temper.registry import Registry
 from temper.rollout.environment import Environment
-from temper.serve.audit import AuditLine, JsonLines, now, served_again, served_record
-from temper.serve.chat import choices, chunks, completion, plan, require_adapter
+from temper.serve.answering import Answering, note
+from temper.serve.audit import AuditLine, JsonLines, now, served_again
+from temper.serve.chat import completion, plan, require_adapter
 from temper.serve.config import ServeConfig
 from temper.serve.episodes import EpisodeRequest, QueuedEngine, Tasks, run_episode, turns
 from temper.serve.errors import ApiError
 from temper.serve.loaded import Loaded, OpenEngine, opener
 from temper.serve.metrics import Metrics
 from temper.serve.schema import ChatRequest, parse_body, parse_request
+from temper.serve.stream import Ear, EventStream
 from temper.serve.tenancy import list_models, tenant_of
-from temper.serve.worker import Job, Worker
+from temper.serve.worker import Worker
 
 log = logging.getLogger("temper.serve")
 Answer = Callable[[Request, AuditLine, float], Awaitable[Response]]
@@ -105,26 +106,21 @@ class Server:
         line.tenant = tenant
         self._require_alive(loaded)
         made = plan(request, loaded, tenant, default_tokens=self.config.default_max_tokens, constrain_tools=self.config.constrain_tools)
-        job = self.worker.submit(loaded, made.rows)
-        sampled = await self._wait(job, http)
-        self._note(line, job, loaded, sampled)
-        answers = choices(made, loaded, tenant, sampled)
-        line.finish_reason, line.schema_valid = answers[0].finish_reason, answers[0].schema_valid
-        self._write(line, started)  # before a byte leaves: no answer without its audit line
-        if self.capture:
-            for answer in answers:
-                self.capture.append(
-                    served_record(
-                        loaded.release, made.messages, (answer.message,), made.tools, (answer.sampled,),
-                        tenant=tenant, licence=self.config.capture_licence, request_id=line.request_id,
-                    )
-                )  # fmt: skip
-        named = loaded.release.model_id + (f"@{tenant}" if tenant else "")
+        ear = Ear(len(made.rows), loaded.expected(tenant))
+        rows = [replace(row, heard=ear.listener(number)) for number, row in enumerate(made.rows)]
+        job = self.worker.submit(loaded, rows, ear.again)
+        asked = Answering(
+            http, line, loaded, tenant, made, job, ear, asyncio.wrap_future(job.future), self.config, self.capture,
+            write=lambda: self._write(line, started),
+        )  # fmt: skip
         headers = self._headers(line, loaded)
         if request.stream:
-            events = chunks(line.request_id, named, loaded.release.id, made, answers)
-            return StreamingResponse(events, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-store"})
-        return JSONResponse(completion(line.request_id, named, loaded.release.id, made, answers), headers=headers)
+            await asked.first_token()
+            return EventStream(asked.events(), headers)
+        answers = await asked.whole()
+        asked.write()  # before a byte leaves: no answer without its audit line
+        asked.keep(answers)
+        return JSONResponse(completion(line.request_id, asked.model, loaded.release.id, made, answers), headers=headers)
 
     async def episode(self, http: Request, line: AuditLine, started: float) -> Response:
         """One task of the environment, its tools executed here, with the verifier's outcome."""
@@ -138,8 +134,8 @@ class Server:
         adapter = loaded.expected(line.tenant)
         record = await asyncio.to_thread(run_episode, engine, self.tasks.environment, task, request, adapter)
         if engine.jobs:  # an episode may fail before its first turn: that is data, in its outcome
-            self._note(line, engine.jobs[-1], loaded, engine.sampled)
-            require_adapter(engine.sampled, adapter)
+            note(line, engine.jobs[-1], loaded, engine.sampled)
+            require_adapter([row.adapter for row in engine.sampled], adapter)
             line.finish_reason = engine.sampled[-1].finish_reason
         self._write(line, started)
         if self.capture:
@@ -171,28 +167,10 @@ class Server:
         if end.expired(today()) and not self.config.override_deprecation:
             raise ApiError(410, "release_ended", f"release {loaded.release.id[:16]} ended on {end.end}. {end.notice}".strip())
 
-    async def _wait(self, job: Job, http: Request) -> list[Sampled]:
-        answer = asyncio.wrap_future(job.future)
-        while True:
-            done, _ = await asyncio.wait([answer], timeout=self.config.look_for_client_seconds)
-            if done:
-                return answer.result()
-            if await http.is_disconnected() and job.future.cancel():
-                raise ApiError(499, "client_gone", "the client went away before its turn")
-
-    def _note(self, line: AuditLine, job: Job, loaded: Loaded, sampled: list[Sampled]) -> None:
-        """What the engine says it did: the adapter is the one stamped on the sampled rows."""
-        used = {row.adapter for row in sampled}
-        line.adapter = next(iter(used)) if len(used) == 1 else "mixed"
-        line.adapter_hash, line.adapter_numbers = loaded.hash_of.get(line.adapter or ""), loaded.numbers_of.get(line.adapter or "")
-        line.weights, line.choices = loaded.weights_hash, len(sampled)
-        prompts = {row.prompt_ids for row in sampled}  # n choices share one prompt
-        line.prompt_tokens, line.completion_tokens = sum(map(len, prompts)), sum(len(row.token_ids) for row in sampled)
-        line.batch_rows, line.queued_ms = job.batch_rows, round((job.started - job.queued) * 1000, 2)
-
     def _write(self, line: AuditLine, started: float) -> None:
         line.latency_ms = round((time.monotonic() - started) * 1000, 2)
-        self.metrics.add(line)
+        if line.phase != "opened":
+            self.metrics.add(line)
         try:
             self.audit.append(asdict(line))
         except (TemperError, OSError) as error:

@@ -8,7 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from temper.core.errors import DataError
 from temper.core.hashing import canonical_json
@@ -22,6 +22,8 @@ class AuditLine:
     """One request. `adapter` is the name that the engine stamped on the row it sampled, `adapter_hash` the folder loaded
     under that name, `adapter_numbers` the hash of its numbers in memory: none is taken from the request.
     Conversations are not in here.
+
+    A streamed answer has two lines of one request id: `opened` before its first byte leaves, `closed` at its end.
     """
 
     request_id: str
@@ -43,6 +45,7 @@ class AuditLine:
     queued_ms: float = 0.0
     latency_ms: float = 0.0
     stream: bool = False
+    phase: Literal["whole", "opened", "closed"] = "whole"
 
 
 class JsonLines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,25 +101,22 @@ def _token_limit(asked: int | None, prompt: int, context: int, default: int) -> 
     return asked if asked is not None else min(default, room)
 
 
-def require_adapter(sampled: Iterable[Sampled], expected: str | None) -> None:
+def require_adapter(used: Iterable[str | None], expected: str | None) -> None:
     """Raise ApiError 500 where a row came through another adapter than the tenant's: then nothing leaves the house."""
-    if any(row.adapter != expected for row in sampled):
+    if any(adapter != expected for adapter in used):
         raise ApiError(500, "isolation_violation", "the answer was withheld: it came through another adapter than the tenant's")
 
 
 def choices(made: Plan, loaded: Loaded, tenant: str | None, sampled: list[Sampled]) -> list[Choice]:
     """Sampled rows as choices. Raises ApiError 500 where one came through another adapter than the tenant's."""
-    require_adapter(sampled, loaded.expected(tenant))
+    require_adapter((row.adapter for row in sampled), loaded.expected(tenant))
     return [_choice(made, loaded, row) for row in sampled]
 
 
 def _choice(made: Plan, loaded: Loaded, row: Sampled) -> Choice:
     policy = loaded.engine.policy
     ids = [token for token in row.token_ids if token not in policy.template.stop_ids]
-    message: Message = policy.template.parse(list(row.token_ids))
-    if message.tool_calls and not made.tools:
-        # no tool was offered: an answer that merely looks like a call (a JSON object with a name) is text
-        message = Message(role="assistant", content=policy.tokenizer.decode(ids, skip_special_tokens=True))
+    message: Message = policy.template.parse(list(row.token_ids), calls=bool(made.tools))
     calls = tuple(call.model_copy(update={"id": call.id or f"call_{secrets.token_hex(12)}"}) for call in message.tool_calls)
     text, stopped = cut_at_stop(message.content, made.request.stops())
     message = message.model_copy(update={"content": text, "tool_calls": calls})
@@ -159,7 +156,9 @@ def usage(made: Plan, sampled: list[Sampled]) -> dict[str, int]:
     return {"prompt_tokens": made.prompt_tokens, "completion_tokens": completion, "total_tokens": made.prompt_tokens + completion}
 
 
-def _calls(calls: tuple[ToolCall, ...]) -> list[dict[str, Any]]:
+def calls_shown(calls: tuple[ToolCall, ...]) -> list[dict[str, Any]]:
+    """Tool calls as OpenAI writes them, arguments as JSON text."""
+
     def text(arguments: dict[str, Any] | str) -> str:
         return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
@@ -178,14 +177,15 @@ def completion(request_id: str, model: str, release_id: str, made: Plan, answers
         if choice.message.reasoning:
             message["reasoning_content"] = choice.message.reasoning
         if choice.message.tool_calls:
-            message["tool_calls"] = _calls(choice.message.tool_calls)
+            message["tool_calls"] = calls_shown(choice.message.tool_calls)
         logprobs = {"content": choice.logprobs, "refusal": None} if choice.logprobs is not None else None
         shown.append({"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": logprobs})
-    head = _head(request_id, model, release_id, "chat.completion")
+    head = head_of(request_id, model, release_id, "chat.completion")
     return {**head, "choices": shown, "usage": usage(made, [choice.sampled for choice in answers])}
 
 
-def _head(request_id: str, model: str, release_id: str, kind: str) -> dict[str, Any]:
+def head_of(request_id: str, model: str, release_id: str, kind: str) -> dict[str, Any]:
+    """What every answer and every event of a stream begins with."""
     return {
         "id": f"chatcmpl-{request_id}",
         "object": kind,
@@ -193,37 +193,3 @@ def _head(request_id: str, model: str, release_id: str, kind: str) -> dict[str, 
         "model": model,
         "system_fingerprint": release_id[:16],
     }
-
-
-def chunks(request_id: str, model: str, release_id: str, made: Plan, answers: list[Choice]) -> Iterator[str]:
-    """The answer as server-sent events: role, text piece by piece, tool calls, finish, usage, [DONE]."""
-    head = _head(request_id, model, release_id, "chat.completion.chunk")
-    options = made.request.stream_options
-    wants_usage = bool(options and options.include_usage)
-
-    def event(shown: list[dict[str, Any]], counted: dict[str, int] | None = None) -> str:
-        tail = {"usage": counted} if wants_usage else {}
-        return f"data: {json.dumps({**head, 'choices': shown, **tail}, ensure_ascii=False)}\n\n"
-
-    for index, choice in enumerate(answers):
-        for delta in _deltas(choice):
-            yield event([{"index": index, "delta": delta, "finish_reason": None, "logprobs": None}])
-        logprobs = {"content": choice.logprobs, "refusal": None} if choice.logprobs is not None else None
-        yield event([{"index": index, "delta": {}, "finish_reason": choice.finish_reason, "logprobs": logprobs}])
-    if wants_usage:
-        yield event([], usage(made, [choice.sampled for choice in answers]))
-    yield "data: [DONE]\n\n"
-
-
-def _deltas(choice: Choice) -> Iterator[dict[str, Any]]:
-    yield {"role": "assistant", "content": ""}
-    if choice.message.reasoning:
-        yield {"reasoning_content": choice.message.reasoning}
-    text, start = choice.message.content, 0
-    while start < len(text):
-        end = text.find(" ", start + 1)
-        end = len(text) if end < 0 else end
-        yield {"content": text[start:end]}
-        start = end
-    for position, call in enumerate(_calls(choice.message.tool_calls)):
-        yield {"tool_calls": [{"index": position, **call}]}

@@ -74,15 +74,12 @@ def say_alone(
     if tenant is not None:
         adapter = "alone"
         engine.policy.load_adapter(adapter, registry.adapter_path(release, tenant))
-    template, tokenizer, found = engine.policy.template, engine.policy.tokenizer, {}
+    template, found = engine.policy.template, {}
     for request in track(wanted, f"{tenant or 'base'} alone"):
         prompt = tuple(template.prompt_ids([Message(role="user", content=request["prompt"])]))
         limits = {name: request[name] for name in ("seed", "temperature", "max_tokens")}
         (row,) = engine.sample([Request(prompt_ids=prompt, adapter=adapter, **limits)])
-        ids = [token for token in row.token_ids if token not in template.stop_ids]
-        message = template.parse(list(row.token_ids))
-        text = tokenizer.decode(ids, skip_special_tokens=True) if message.tool_calls else message.content
-        found[request["seed"]] = json.dumps([text, []])
+        found[request["seed"]] = json.dumps([template.parse(list(row.token_ids), calls=False).content, []])
     return found
 
 

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -25,10 +26,14 @@ RETRY_S = 10.0  # how long a release that failed to load is left alone
 
 @dataclass
 class Job:
-    """The rows of one HTTP request, the release they began with, and where the answer goes."""
+    """The rows of one HTTP request, the release they began with, and where the answer goes.
+
+    `again` is called before rows that were sampled in part are sampled once more.
+    """
 
     loaded: Loaded
     rows: list[Request]
+    again: Callable[[], None] = lambda: None
     future: Future[list[Sampled]] = field(default_factory=Future)
     queued: float = field(default_factory=time.monotonic)
     started: float = 0.0
@@ -60,9 +65,9 @@ class Worker:
 
     # --- from the HTTP side ------------------------------------------------------------------------------
 
-    def submit(self, loaded: Loaded, rows: list[Request]) -> Job:
+    def submit(self, loaded: Loaded, rows: list[Request], again: Callable[[], None] = lambda: None) -> Job:
         """Queue rows for the release that the request began with. Raises ApiError 429 where too many wait."""
-        job = Job(loaded, rows)
+        job = Job(loaded, rows, again)
         with self._wake:
             if self._closed.is_set():
                 raise ApiError(503, "shutting_down", "the server is shutting down")
@@ -145,6 +150,7 @@ class Worker:
                 return
             log.warning("a batch of %d requests failed (%s); each is run alone", len(jobs), type(error).__name__)
             for job in jobs:
+                job.again()
                 self._sample([job])
             return
         position = 0

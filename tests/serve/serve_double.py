@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from temper.core.records import Message, Sampled, ToolCall
 from temper.core.reports import Finding, Verdict
 from temper.core.storage import whole_folder
+from temper.data.reading import TurnReader
+from temper.data.syntax import CallSyntax
 from temper.registry import AccessPolicy, artifact_hash
 
 STOP = 0
@@ -49,11 +51,16 @@ class Template:
     def append(self, ids, messages, tools=()):
         return [*ids, *"".join(f"|{m.role}:{m.content}" for m in messages).encode()]
 
-    def parse(self, ids):
+    def reader(self, calls=True, stops=()):
+        marked = CallSyntax("<tool_call>", "</tool_call>", "arguments") if calls else None
+        return TurnReader(lambda ids: bytes(ids).decode(errors="replace"), {STOP}, (), None, "", marked, stops)
+
+    def parse(self, ids, calls=True):
         text = bytes(i for i in ids if i != STOP).decode()
-        if text.startswith("<tool_call>"):
-            call = json.loads(text.removeprefix("<tool_call>").removesuffix("</tool_call>"))
-            return Message(role="assistant", tool_calls=(ToolCall(name=call["name"], arguments=call["arguments"]),))
+        said, marked, written = text.partition("<tool_call>")
+        if calls and marked:
+            call = json.loads(written.removesuffix("</tool_call>"))
+            return Message(role="assistant", content=said, tool_calls=(ToolCall(name=call["name"], arguments=call["arguments"]),))
         return Message(role="assistant", content=text)
 
 
@@ -63,6 +70,7 @@ class ScriptedEngine:
     def __init__(self, weights, say, gate=None):
         self.weights, self.say, self.gate = (weights / "weights").read_text(), say, gate
         self.adapters, self.batches, self.thread = {}, [], None
+        self.pace, self.cut, self.routed = 0.0, [], lambda request: request.adapter
         self.context = 4096
         text = SimpleNamespace(max_position_embeddings=self.context)
         config = SimpleNamespace(get_text_config=lambda: text)
@@ -87,9 +95,17 @@ class ScriptedEngine:
         ids = list(text.encode())
         short = len(ids) + 1 > request.max_tokens
         ids = ids[: request.max_tokens] if short else [*ids, STOP]
+        for number, token in enumerate(ids):
+            time.sleep(self.pace)
+            if request.heard is not None and not request.heard(token, self.routed(request)):
+                self.cut.append(number)
+                return self._sampled(request, ids[: number + 1], "error")
+        return self._sampled(request, ids, "length" if short else "stop")
+
+    def _sampled(self, request, ids, reason):
         return Sampled(
             prompt_ids=tuple(request.prompt_ids), token_ids=tuple(ids), logprobs=tuple(-0.5 for _ in ids),
-            finish_reason="length" if short else "stop", temperature=request.temperature, adapter=request.adapter,
+            finish_reason=reason, temperature=request.temperature, adapter=request.adapter,
         )  # fmt: skip
 
 
