@@ -54,7 +54,7 @@ def main(base: str, data: str, out: str, epochs: int = 1, lr: float = 5e-5) -> d
             order.shuffle(pairs)
         first = step * PAIRS_PER_STEP % len(pairs)
         rows = [row for pair in pairs[first : first + PAIRS_PER_STEP] for row in pair]
-        batches = [collate(rows[at : at + 8], policy.template.pad_id) for at in range(0, len(rows), 8)]
+        batches = [collate(rows[at : at + 8], policy.template.pad_id, policy.kind()) for at in range(0, len(rows), 8)]
         metrics = learner.forward_backward(batches, loss, lambda batch: batch.tokens_B_T.shape[0] / 2) | learner.optim_step()
         print(f"step {learner.step}/{steps}  loss {metrics['loss']:.3f}  margin {metrics['margin']:.3f}  narrow {metrics['narrow']:.2f}")
     with whole_folder(Path(out) / "model") as folder:

@@ -68,7 +68,7 @@ def main(base: str, out: str, steps: int = 40, lr: float = 1e-4) -> list[float]:
         advantages_P_G = group_mean(rewards_P_G)
         episodes = [(record, advantage) for group, credit in zip(records_P_G, advantages_P_G, strict=True) for record, advantage in zip(group, credit, strict=True)]
         rows = [episode_sequence(record, advantage) for record, advantage in episodes if advantage is not None and record.sampled]
-        metrics = learner.forward_backward([collate(rows, policy.template.pad_id)], loss) | learner.optim_step()
+        metrics = learner.forward_backward([collate(rows, policy.template.pad_id, policy.kind())], loss) | learner.optim_step()
         curve.append(sum(reward or 0.0 for group in rewards_P_G for reward in group) / (TASKS_PER_STEP * GROUP))
         print(f"step {learner.step}/{steps}  reward {curve[-1]:.3f}  clipped {metrics['clipped']:.3f}")
     with whole_folder(Path(out) / "model") as folder:

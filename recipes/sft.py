@@ -14,7 +14,7 @@ from pathlib import Path
 
 from temper.core.progress import track
 from temper.core.run import RunDirectory
-from temper.data.batch import collate, plan_batches
+from temper.data.batch import collate, plan_units
 from temper.data.sequence import load_manifest, to_sequence
 from temper.policy.model import Policy
 from temper.train.learner import Learner, OptimConfig
@@ -41,8 +41,8 @@ def main(base: str, data: str, out: str, steps: int = 200, lr: float = 1e-3) -> 
     for step in track(range(resume(run, learner), steps), "sft"):
         known = max(ROWS_PER_STEP, round(len(rows) * min(1.0, 0.2 + step / steps)))  # the twist: the pool of rows grows with the steps
         chosen = order.sample(rows[:known], min(ROWS_PER_STEP, len(rows)))
-        planned = plan_batches([len(row.tokens) for row in chosen], TOKENS_PER_BATCH)
-        batches = [collate([chosen[row] for row in batch], policy.template.pad_id) for batch in planned]
+        planned = plan_units([[row] for row in chosen], policy.kind(), TOKENS_PER_BATCH)
+        batches = [collate([chosen[row] for row in batch], policy.template.pad_id, policy.kind()) for batch in planned]
         metrics = learner.forward_backward(batches, policy.cross_entropy) | learner.optim_step()
         run.log(learner.step, dict(metrics))
         if learner.step % CHECKPOINT_EVERY == 0:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from workloads import FIRST_TOKEN, MODELS, PAD
 
-from temper.data.batch import collate, plan_batches
+from temper.data.batch import collate, plan_units
 from temper.data.sequence import Sequence
 from temper.policy.model import Policy
 from temper.train.cost import synchronise
@@ -60,8 +60,8 @@ def train(policy: Policy, learner: Learner, made: list[Sequence]) -> float:
         step.append(row)
         held += len(row.tokens)
         if held >= TOKENS_PER_STEP or number == len(made) - 1:
-            planned = plan_batches([len(one.tokens) for one in step], TOKENS_PER_BATCH)
-            learner.forward_backward([collate([step[at] for at in part], PAD) for part in planned], policy.cross_entropy)
+            planned = plan_units([[one] for one in step], policy.kind(), TOKENS_PER_BATCH)
+            learner.forward_backward([collate([step[at] for at in part], PAD, policy.kind()) for part in planned], policy.cross_entropy)
             learner.optim_step()
             step, held = [], 0
     synchronise(str(policy.device))
