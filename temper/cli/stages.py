@@ -13,7 +13,7 @@ from temper.core.errors import ConfigError
 if TYPE_CHECKING:
     from types import ModuleType
 
-TRAINING = ("sft", "preference", "reward", "rl", "ppo", "distill")
+TRAINING = ("sft", "preference", "kto", "reward", "process_reward", "rl", "ppo", "distill")
 CONFIGS = {
     **{name: f"temper.train.{name}:Config" for name in TRAINING},
     "data": "temper.pipeline.data:Config",

@@ -10,7 +10,9 @@ from temper.core.errors import ConfigError
 STAGES = {
     "sft": "temper.train.sft",
     "preference": "temper.train.preference",
+    "kto": "temper.train.kto",
     "reward": "temper.train.reward",
+    "process_reward": "temper.train.process_reward",
     "rl": "temper.train.rl",
     "ppo": "temper.train.ppo",
     "distill": "temper.train.distill",

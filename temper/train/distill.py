@@ -20,11 +20,12 @@ from temper.core.hashing import stream_seed
 from temper.core.progress import track
 from temper.data.batch import Batch, collate, plan_units
 from temper.data.sequence import Sequence, episode_sequence
-from temper.policy.losses import LossOut, forward_kl, jsd, reverse_kl
+from temper.policy.losses import LossOut, forward_kl, jsd, reverse_kl, top_k
 from temper.policy.model import Policy
 from temper.rollout.engine import Engine
 from temper.rollout.environment import Environment, Task
 from temper.rollout.episodes import collect
+from temper.train import parallel
 from temper.train.estimate import PROBE_BELOW, Estimate, estimate_rows
 from temper.train.learner import Learner
 from temper.train.shared_run import write_output
@@ -75,7 +76,8 @@ class Config(StageConfig):
     dev: str | None = Field(None, description="manifest folder on which the divergence is measured at the end")
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     mix: float = Field(0.5, gt=0, lt=1, description="jsd: the teacher's share of the mixture")
-    temperature: float = Field(1.0, gt=0, description="of both distributions")
+    temperature: float = Field(1.0, gt=0, description="of both distributions; gradients shrink with its square, so raise optim.lr with it")
+    top_k: int | None = Field(None, gt=0, description="compare only the teacher's K likeliest tokens and 'any other'; null: the whole vocabulary")
     on_policy: bool = Field(False, description="teach on the student's own answers instead of text")
     environment: str | None = Field(None, description="whose tasks the student answers, where on_policy")
     environment_options: dict[str, Any] = Field({}, description="keywords for the environment's factory")
@@ -148,12 +150,14 @@ def prepare(cfg: Config) -> tuple[Policy, Policy]:
         raise ConfigError(f"the student has {small:,} parameters, the teacher {large:,}", why=f"that is {small / large:.0%}; at most {LARGEST_SHARE:.0%} is a student",
                           do="lower student.layers or student.intermediate")  # fmt: skip
     student.model.train()
+    student.recompute = cfg.recompute
     return teacher, student
 
 
 def measure_of(cfg: Config) -> Callable[..., torch.Tensor]:
     """The divergence of two rows of log-probabilities that the config names."""
-    return partial(jsd, beta=cfg.mix) if cfg.divergence == "jsd" else DIVERGENCES[cfg.divergence]
+    measure = partial(jsd, beta=cfg.mix) if cfg.divergence == "jsd" else DIVERGENCES[cfg.divergence]
+    return measure if cfg.top_k is None else partial(top_k, k=cfg.top_k, measure=measure)
 
 
 def source(cfg: Config, student: Policy, environment: Environment | None) -> tuple[int, Callable[[int], list[Batch]]]:
@@ -174,7 +178,9 @@ def source(cfg: Config, student: Policy, environment: Environment | None) -> tup
 
 def sampled(engine: Engine, environment: Environment, tasks: list[Task], cfg: Config, step: int) -> list[Sequence]:
     """The student's own answers as rows: every sampled token is taught, whatever became of the episode."""
-    groups = collect(engine, environment, tasks, temperature=cfg.sampling_temperature, seed=stream_seed(cfg.seed, "answers", step))
+    with parallel.whole(engine.policy.model):
+        mine = collect(engine, environment, parallel.share(tasks), temperature=cfg.sampling_temperature, seed=stream_seed(cfg.seed, "answers", step))
+    groups = parallel.gathered(mine)
     return [episode_sequence(record, 0.0) for group in groups for record in group if any(turn.token_ids for turn in record.sampled)]
 
 

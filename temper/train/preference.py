@@ -157,7 +157,7 @@ def check(cfg: Config) -> None:
                           why="it compares the policy with where it started", do=f"set reference: start, or use {free}, which need none")  # fmt: skip
 
 
-def inputs(cfg: Config) -> dict[str, str]:
+def inputs(cfg: Any) -> dict[str, str]:
     """The content hashes that, with the config, name this work."""
     named = {"data": manifest_hash(cfg.data), "base": checkpoint_hash(cfg.base)}
     if cfg.initial_adapter:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from temper.core.errors import DataError
 from temper.core.progress import track
+from temper.core.records import Record
 from temper.data.batch import Batch
 from temper.policy.losses import LossOut, bradley_terry
 from temper.policy.scalar_head import RewardModel
@@ -33,6 +35,7 @@ class Config(PairsConfig):
 
     data: str = Field(description="manifest folder of the pairs")
     heldout: str | None = Field(None, description="manifest folder of pairs that are only measured")
+    margins: bool = Field(False, description="by how much a pair's answers must differ: outcome.detail.margin of its record (Llama 2)")
     centring: float = Field(0.01, ge=0, description="coefficient of (r_chosen + r_rejected)², which keeps rewards around zero")
 
 
@@ -42,8 +45,8 @@ def run(cfg: Config) -> dict[str, Any]:
     folder = open_run(cfg, "reward", inputs(cfg))
     if folder.done:
         return folder.result()
-    judge = prepare(cfg)
-    pairs = pairs_of(load_records(cfg.data)[1], judge.template, cfg.max_tokens)
+    judge, records = prepare(cfg), load_records(cfg.data)[1]
+    pairs, margins = pairs_of(records, judge.template, cfg.max_tokens), margins_of(records) if cfg.margins else {}
     heldout = pairs_of(load_records(cfg.heldout)[1], judge.template, cfg.max_tokens) if cfg.heldout else []
     kind = judge.kind(cfg.layout)
     plan = plan_pairs(pairs, cfg, kind)
@@ -51,7 +54,7 @@ def run(cfg: Config) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
 
     def loss(batch: Batch) -> LossOut:
-        return reward_loss(judge, batch, cfg)
+        return reward_loss(judge, batch, cfg, margins)
 
     for step in track(range(resume(folder, learner), len(plan)), f"reward {cfg.out}"):
         batches = [collate_pairs([pairs[pair] for pair in micro], judge.template, kind) for micro in plan[step]]
@@ -79,10 +82,23 @@ def prepare(cfg: Config) -> RewardModel:
     return judge
 
 
-def reward_loss(judge: RewardModel, batch: Batch, cfg: Config) -> LossOut:
-    """Bradley-Terry of a batch of pairs."""
+def margins_of(records: list[Record]) -> dict[str, float]:
+    """By how much each record's answers must differ. Raises DataError for one that does not say."""
+    found = {}
+    for record in records:
+        margin = record.outcome.detail.get("margin")
+        if not isinstance(margin, int | float) or isinstance(margin, bool):
+            raise DataError(f"record {record.id[:16]} has no margin", why="`margins` is on, and outcome.detail.margin is not a number",
+                            do="give every pair one, or set margins: false")  # fmt: skip
+        found[record.id] = float(margin)
+    return found
+
+
+def reward_loss(judge: RewardModel, batch: Batch, cfg: Config, margins: dict[str, float] | None = None) -> LossOut:
+    """Bradley-Terry of a batch of pairs, with the margins of their records where there are any."""
     rewards_B = judge.rewards(batch)
-    return bradley_terry(rewards_B[0::2], rewards_B[1::2], centre=cfg.centring)
+    margin_P = torch.tensor([margins[record] for record in batch.records[0::2]], device=rewards_B.device) if margins else None
+    return bradley_terry(rewards_B[0::2], rewards_B[1::2], margin_P=margin_P, centre=cfg.centring)
 
 
 @torch.no_grad()

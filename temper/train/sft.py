@@ -16,10 +16,12 @@ from pydantic import Field
 
 from temper.core.progress import track
 from temper.core.records import Record
-from temper.data.batch import collate
+from temper.data.batch import Batch, collate
 from temper.data.layout import Kind
 from temper.data.sequence import Sequence
+from temper.policy.losses import LossOut
 from temper.policy.model import Policy
+from temper.policy.noise import neftune
 from temper.train.estimate import Estimate, estimate_rows
 from temper.train.learner import Learner
 from temper.train.stage import (
@@ -48,6 +50,8 @@ class Config(AdaptableConfig):
     dev: str | None = Field(None, description="manifest folder whose loss is measured at the end of each epoch's worth of steps")
     dev_every: int | None = Field(None, gt=0, description="optimizer steps between dev measurements; null: only at the end")
     weighting: Literal["token", "sequence"] = Field("token", description="what counts the same: every trained token, or every row")
+    z_loss: float = Field(0.0, ge=0, description="coefficient of logZ², which keeps logits from drifting (PaLM: 1e-4); 0: off")
+    neftune: float = Field(0.0, ge=0, description="noise on the embeddings in training (NEFTune's alpha, 5 to 15); 0: off")
     hold_unseen: bool = Field(False, description="keep the embeddings of tokens that no row holds, so that such words can still be said")
 
 
@@ -66,9 +70,14 @@ def run(cfg: Config) -> dict[str, Any]:
     if cfg.hold_unseen:
         hold_unseen(learner, rows)
     metrics: dict[str, Any] = {}
+
+    def loss(batch: Batch) -> LossOut:
+        with neftune(policy, batch, cfg.neftune):
+            return policy.cross_entropy(batch, z_loss=cfg.z_loss)
+
     for step in track(range(resume(folder, learner), len(plan)), f"sft {cfg.out}"):
         batches = [collate([rows[row] for row in micro], policy.template.pad_id, kind) for micro in plan[step]]
-        metrics = learner.forward_backward(batches, policy.cross_entropy) | learner.optim_step()
+        metrics = learner.forward_backward(batches, loss) | learner.optim_step()
         if dev and (learner.step == len(plan) or (cfg.dev_every and learner.step % cfg.dev_every == 0)):
             metrics["dev_loss"] = mean_loss(policy, dev, cfg)
         folder.log(learner.step, rounded(metrics))

@@ -81,6 +81,32 @@ def test_the_student_comes_nearer(deep, data, tmp_path, name) -> None:
     assert distill.run(cfg) == json.loads(json.dumps(result))
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_top_k_of_the_teacher_and_its_tail_teach_too(deep, data, tmp_path, divergence) -> None:
+    """What is shown of the teacher, 20 tokens and what is left over, is learnt; it says less than the whole does."""
+    keys = {"base": deep, "data": data, "student": {"layers": 2, "intermediate": 32}, "divergence": divergence, **FAST}
+    whole = distill.Config(out=str(tmp_path / "whole"), **keys)
+    cfg = whole.model_copy(update={"out": str(tmp_path / "d"), "top_k": 20, "epochs": 4.0})
+    teacher, student = distill.prepare(whole)
+    before = distill.mean_divergence(student, teacher, whole.model_copy(update={"dev": data}))
+    shown = distill.mean_divergence(student, teacher, cfg.model_copy(update={"dev": data}))
+    assert 0 < shown < before  # coarser: data processing
+    taught = Policy.load(distill.run(cfg)["model"], precision="float32")
+    assert distill.mean_divergence(taught, teacher, cfg.model_copy(update={"dev": data})) < 0.7 * shown
+
+
+def test_temperature_softens_both(deep, data) -> None:
+    """At T = 2 the divergence of one row equals that of both models' logits halved."""
+    cfg = distill.Config(out="o", base=deep, data=data, student={"layers": 2}, temperature=2.0, **FAST)
+    teacher, student = distill.prepare(cfg)
+    student.model.eval()
+    batch = distill.batched(distill.rows_of(distill.load_records(data)[1][:1], student.template, 64), student, cfg)[0]
+    found = float(student.divergence(batch, teacher, distill.measure_of(cfg), temperature=2.0).total.detach())
+    with torch.no_grad():
+        soft = [(model.model(batch.tokens_B_T).logits.double() / 2).log_softmax(-1)[:, :-1][batch.mask_B_T[:, 1:]] for model in (teacher, student)]
+    assert found == pytest.approx(float((soft[0].exp() * (soft[0] - soft[1])).sum()), rel=1e-4)
+
+
 def test_on_policy_teaches_what_the_student_samples(deep, tmp_path) -> None:
     keys = {"student": {"layers": 2, "intermediate": 32}, "on_policy": True, "environment": "worlds:say", "divergence": "reverse_kl", "tasks_per_step": 8}
     cfg = distill.Config(out=str(tmp_path / "d"), base=deep, steps=12, **keys, **FAST)

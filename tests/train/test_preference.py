@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 from worlds import conversations, manifest, pairs
 
 from temper.core.errors import ConfigError, DataError
+from temper.core.records import Outcome
 from temper.policy.adapters import LoraConfig
 from temper.policy.model import Policy
 from temper.policy.scalar_head import RewardModel
 from temper.train import preference, reward, sft
+from temper.train.learner import Learner, OptimConfig
+from temper.train.reference import cache_key
 
 FAST = {"pairs_per_step": 8, "tokens_per_batch": 256, "optim": {"lr": 1e-3}, "precision": "float32"}
 
@@ -87,6 +91,81 @@ def test_the_reference_is_the_start_without_dropout_and_computed_once(base, data
     torch.testing.assert_close(load_file(kept)["logprobs"], expected, atol=1e-5, rtol=0)
     bare = torch.cat(preference.score([(one, other) for one, other in preference.pairs_of(sft.load_records(data)[1], policy.template, 1024)], policy, cfg))
     assert float((bare - expected).abs().max()) > 1e-2  # "adapter off" would have been another reference
+
+
+def test_kept_log_probs_serve_every_run_they_hold_for_and_no_other(base, data, tmp_path, monkeypatch) -> None:
+    """Another learning rate asks for the same; other rows, other weights or another precision do not."""
+    calls = []
+    score = preference.score
+    monkeypatch.setattr(preference, "score", lambda *args: calls.append(1) or score(*args))
+
+    def run(name: str, **keys):
+        return preference.run(preference.Config(**{"out": str(tmp_path / name), "base": base, "data": data, "steps": 1, "reference_cache": str(tmp_path / "kept"), **FAST, **keys}))
+
+    first = run("a")
+    run("b", optim={"lr": 2e-3}, beta=0.2)
+    assert len(calls) == 1
+    run("c", max_tokens=19)  # rows are cut elsewhere
+    run("d", base=first["model"])
+    run("e", precision="bfloat16")
+    assert len(calls) == 4
+    (torn, *_) = sorted((tmp_path / "kept").glob("reference-*.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:100])
+    for name, keys in (("f", {}), ("g", {"max_tokens": 19}), ("h", {"base": first["model"]}), ("i", {"precision": "bfloat16"})):
+        run(name, seed=1, **keys)
+    assert len(calls) == 5  # the torn one is made again
+
+
+def test_a_reference_that_has_moved_is_refused(base, data, tmp_path) -> None:
+    policy = Policy.load(base, precision="float32")
+    pairs_ = preference.pairs_of(sft.load_records(data)[1], policy.template, 1024)
+    cfg = preference.Config(out=str(tmp_path), base=base, data=data, **FAST)
+    run = preference.open_run(cfg, "preference", {})
+    assert preference.with_reference(pairs_, policy, cfg, run)[0][0].ref_logprobs is not None
+    policy.version = 3
+    with pytest.raises(ConfigError, match="the reference has moved: 3 updates"):
+        preference.with_reference(pairs_, policy, cfg, run)
+
+
+def test_the_reference_is_the_starting_adapter_and_not_the_base(base, data) -> None:
+    """Two adapters on one base: their rows have different keys."""
+    policy = Policy.load(base, precision="float32")
+    policy.add_lora("one", LoraConfig(rank=2))
+    policy.add_lora("two", LoraConfig(rank=3))
+    records = sft.load_records(data)[1][:2]
+    keys = {cache_key([row for pair in preference.pairs_of(records, policy.template, 1024, name) for row in pair], policy) for name in ("one", "two", None)}
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("loss", preference.LOSSES)
+def test_the_cut_into_micro_batches_changes_no_gradient(base, data, loss) -> None:
+    policy = Policy.load(base, precision="float32")
+    cfg = preference.Config(out="o", base=base, data=data, loss=loss, beta=0.5, sft_mix=0.1, **FAST)
+    made = [tuple(dataclasses.replace(row, ref_logprobs=[-5.0] * len(row.tokens)) for row in pair)
+            for pair in preference.pairs_of(sft.load_records(data)[1][:6], policy.template, 1024)]  # fmt: skip
+    gradients = []
+    for batches in ([made], [[pair] for pair in made]):
+        learner = Learner(policy, OptimConfig(clip=None), 1)
+        learner.forward_backward([preference.collate_pairs(batch, policy.template) for batch in batches], lambda batch: preference.pair_loss(policy, batch, cfg), preference.count_pairs)
+        gradients.append({name: weight.grad.clone() for name, weight in learner.parameters.items() if weight.grad is not None})
+        for weight in learner.parameters.values():
+            weight.grad = None
+    scale = max(float(value.abs().max()) for value in gradients[0].values())
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, atol=1e-5 * scale, rtol=1e-4, msg=name)
+
+
+def test_margins_of_pairs_reach_the_loss(base, tmp_path) -> None:
+    """The head starts at zero, so a pair costs −ln σ(−m): margins 1 and 3, mean (1.3133 + 3.0486)/2."""
+    records = [record.model_copy(update={"outcome": Outcome(detail={"margin": margin})}) for record, margin in zip(pairs(2), (1, 3.0), strict=True)]
+    judge = reward.prepare(reward.Config(out="o", base=base, data="d", precision="float32"))
+    cfg = reward.Config(out=str(tmp_path / "reward"), base=base, data=manifest(tmp_path / "rows", records), margins=True, steps=1, **FAST)
+    reward.run(cfg)
+    assert log_of(tmp_path / "reward")[0]["loss"] == pytest.approx((math.log1p(math.e) + math.log1p(math.e**3)) / 2, rel=1e-4)
+    batch = preference.collate_pairs(preference.pairs_of(records, judge.template, 1024), judge.template)
+    assert float(reward.reward_loss(judge, batch, cfg).total.detach()) == pytest.approx(2 * math.log(2), rel=1e-4)  # measured without
+    with pytest.raises(DataError, match="has no margin"):
+        reward.run(cfg.model_copy(update={"data": manifest(tmp_path / "bare", pairs(2))}))
 
 
 def test_label_smoothing_and_length_normalisation_reach_the_loss(base, data) -> None:
