@@ -8,12 +8,13 @@ Copy it and change the environment: prompts, and a `verify` that cannot be foole
 from __future__ import annotations
 
 import argparse
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from temper.core.progress import track
 from temper.core.records import Message, Outcome, Split
-from temper.core.storage import whole_folder
 from temper.data.batch import Batch, collate
 from temper.data.sequence import episode_sequence
 from temper.policy.advantages import group_mean
@@ -35,9 +36,9 @@ class BriefEnvironment:
 
     def tasks(self, split: Split, limit: int | None = None) -> list[Task]:
         """Every subject with every number of words."""
-        asked = [(f"Describe {subject} in {count} words.", count) for subject in SUBJECTS for count in range(2, 6)]
-        return [Task(id=f"{split}-{n}", messages=(Message(role="user", content=text),), answer={"words": count}, split=split, max_turns=1, max_tokens=24)
-                for n, (text, count) in enumerate(asked)][:limit]  # fmt: skip
+        asked = [(Message(role="user", content=f"Describe {subject} in {n} words."), n) for subject in SUBJECTS for n in range(2, 6)]
+        made = [Task(id=f"{split}-{at}", messages=(ask,), answer={"words": n}, split=split, max_turns=1, max_tokens=24) for at, (ask, n) in enumerate(asked)]
+        return made[:limit]
 
     def open(self, task: Task) -> PlainSession:
         """There are no tools."""
@@ -52,27 +53,25 @@ class BriefEnvironment:
 
 def main(base: str, out: str, steps: int = 40, lr: float = 1e-4) -> list[float]:
     """Train `base` in the environment above; return the mean reward of each step."""
-    environment, policy = BriefEnvironment(), Policy.load(base)
+    environment, policy, curve = BriefEnvironment(), Policy.load(base), []
     engine, learner = Engine(policy), Learner(policy, OptimConfig(lr=lr, weight_decay=0.0, schedule="constant"), steps)
-    tasks, order, curve = environment.tasks("train"), learner.stream("tasks"), []
+    order = learner.stream("tasks")
 
     def loss(batch: Batch) -> LossOut:
         """PPO's clipped objective on the very tokens that were sampled."""
-        assert batch.old_logprobs_B_T is not None
-        assert batch.advantages_B_T is not None
-        return clipped_pg(policy.token_logprobs(batch).logprobs_B_T, batch.old_logprobs_B_T, batch.advantages_B_T, batch.mask_B_T, clip_high=0.28)
+        logprobs_B_T = policy.token_logprobs(batch).logprobs_B_T
+        return clipped_pg(logprobs_B_T, batch.old_logprobs_B_T, batch.advantages_B_T, batch.mask_B_T, clip_high=0.28)
 
     for step in track(range(steps), "grpo"):
-        records_P_G = collect(engine, environment, order.sample(tasks, TASKS_PER_STEP), group=GROUP, temperature=1.0, seed=step)
+        tasks = order.sample(environment.tasks("train"), TASKS_PER_STEP)
+        records_P_G = collect(engine, environment, tasks, group=GROUP, temperature=1.0, seed=step)
         rewards_P_G = [[record.outcome.reward for record in group] for group in records_P_G]
-        advantages_P_G = group_mean(rewards_P_G)
-        episodes = [(record, advantage) for group, credit in zip(records_P_G, advantages_P_G, strict=True) for record, advantage in zip(group, credit, strict=True)]
-        rows = [episode_sequence(record, advantage) for record, advantage in episodes if advantage is not None and record.sampled]
-        metrics = learner.forward_backward([collate(rows, policy.template.pad_id, policy.kind())], loss) | learner.optim_step()
-        curve.append(sum(reward or 0.0 for group in rewards_P_G for reward in group) / (TASKS_PER_STEP * GROUP))
+        credited = zip(chain(*records_P_G), chain(*group_mean(rewards_P_G)), strict=True)
+        rows = [episode_sequence(record, advantage) for record, advantage in credited if advantage is not None and record.sampled]
+        metrics = learner.forward_backward([collate(rows, policy.template.pad_id)], loss) | learner.optim_step()
+        curve.append(fmean(reward or 0.0 for reward in chain(*rewards_P_G)))
         print(f"step {learner.step}/{steps}  reward {curve[-1]:.3f}  clipped {metrics['clipped']:.3f}")
-    with whole_folder(Path(out) / "model") as folder:
-        policy.save(folder)
+    policy.save(Path(out) / "model")
     return curve
 
 
