@@ -60,3 +60,17 @@ def test_it_is_off_by_default_in_evaluation_and_after_the_block() -> None:
     policy.model.eval()
     with neftune(policy, batch, 5.0):
         assert torch.equal(policy.cross_entropy(batch).total, plain)
+
+
+def test_it_is_the_noise_of_transformers_where_nothing_is_padded() -> None:
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    policy, batch = tiny_policy(), collate(rows(40), 1)
+    policy.model.train()
+    torch.manual_seed(3)
+    ours = noise_of(policy, batch, 5.0)
+    table = policy.model.get_input_embeddings()
+    table.neftune_noise_alpha = 5.0
+    torch.manual_seed(3)
+    theirs = neftune_post_forward_hook(table.train(), None, torch.zeros(1, 40, 64))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
