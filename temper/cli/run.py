@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,8 @@ def run(
     started = time.monotonic()
     with stdout_to_stderr():
         title, result = run_file(config, overrides or [], dry_run=dry_run)
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes that torchrun started, the first one answers
     if as_json:
         print_json(result)
     elif dry_run:

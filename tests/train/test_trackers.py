@@ -9,11 +9,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from worlds import conversations, manifest
+from worlds import conversations, manifest, pairs
 
 from temper.core.errors import ConfigError, MissingDependency
 from temper.core.run import RunDirectory
-from temper.train import sft
+from temper.train import distill, load_stage, sft
 from temper.train.trackers import TRACKERS, flat, numbers, open_trackers
 
 Logged = list[tuple[int, dict[str, float]]]
@@ -182,3 +182,30 @@ def test_tensorboard_reads_what_was_written_and_hides_what_a_killed_run_wrote(tm
     events.Reload()
     assert events.Tags()["scalars"] == ["loss"]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 5.0), (2, 5.0), (3, 1.0), (4, 1.0)]
+
+
+def small_runs(base: str, deep: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """One or two steps of every stage, with all that adds a metric."""
+    rows, two_sided = manifest(folder / "rows", conversations(8)), manifest(folder / "pairs", pairs(8))
+    few = {"precision": "float32", "optim": {"lr": 1e-2}}
+    acting = {"environment": "worlds:say", "steps": 1, "tasks_per_step": 3, "group": 4, "kl": 0.1, **few}
+    return {
+        "sft": {"base": base, "data": rows, "dev": rows, "steps": 1, **few},
+        "preference": {"base": base, "data": two_sided, "steps": 1, "pairs_per_step": 4, **few},
+        "kto": {"base": base, "data": two_sided, "steps": 1, **few},
+        "reward": {"base": base, "data": two_sided, "heldout": two_sided, "steps": 1, "pairs_per_step": 4, **few},
+        "rl": {"base": base, "tis_cap": 2.0, **acting},
+        "ppo": {"base": base, **acting},
+        "distill": {"base": deep, "data": rows, "dev": rows, "student": {"layers": 2}, "steps": 1, **few},
+    }
+
+
+@pytest.mark.parametrize("name", ["sft", "preference", "kto", "reward", "rl", "ppo", "distill"])
+def test_every_metric_that_a_stage_logs_is_explained(base, deep, tmp_path, monkeypatch, name) -> None:
+    monkeypatch.setattr(distill, "LARGEST_SHARE", 0.8)
+    module = load_stage(name)
+    module.run(module.Config(out=str(tmp_path / "out"), **small_runs(base, deep, tmp_path)[name]))
+    text = (Path(__file__).parents[2] / "docs/trackers.md").read_text()
+    logged = {name for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines() for name in json.loads(line)} - {"step"}
+    missing = sorted(metric for metric in logged if f"`{metric}`" not in text)
+    assert not missing, f"docs/trackers.md says nothing of {missing}"
