@@ -14,7 +14,7 @@ from temper.data.sequence import Sequence, to_sequence
 from temper.policy.adapters import LoraConfig
 from temper.policy.losses import LossOut
 from temper.policy.model import Policy
-from temper.train.cost import Cost
+from temper.train.cost import Cost, kept_bytes
 from temper.train.learner import DivergedError, Learner, OptimConfig, decay_groups, rows
 
 
@@ -190,6 +190,27 @@ def test_operations_by_hand(policy) -> None:
     added = 2 * 2 * (64 + 64)
     assert (frozen.body, frozen.body_trained) == (cost.body + added, added)
     assert frozen.of_counts(1, 0, 0) == 4 * (cost.body + added) + 2 * added
+
+
+def test_the_price_of_recomputing_is_said_and_the_choice_changes_no_gradient(base, examples, capsys) -> None:
+    """A full step is 2 + 4 operations a weight and token, so a second forward adds a third; with a frozen base 2 + 2, so a half."""
+    seen = []
+    for recompute in (False, True):
+        policy = Policy.load(base, precision="float32")
+        policy.recompute = recompute
+        learner = Learner(policy, OptimConfig(), 5)
+        learner.forward_backward(in_batches(examples, 3, 0), policy.cross_entropy)
+        seen.append(gradients(policy))
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+    said = capsys.readouterr().err
+    assert said.count("recompute:") == 1
+    assert "recompute: 33% more operations outside the head; the layers keep " in said
+    assert kept_bytes(policy, recompute=True) < kept_bytes(policy, recompute=False) / 3
+    # with recompute two layers keep their inputs, 64 floats a position each, and the last norm its own; the rest is small change
+    assert 2 * 64 * 4 <= kept_bytes(policy, recompute=True) < 6 * 64 * 4
+    policy.freeze_base()
+    policy.add_lora("a", LoraConfig(rank=1, targets=("q_proj",)))
+    assert Cost.of(policy).recomputed_share == pytest.approx(0.5, abs=0.01)
 
 
 def test_rows_count_rows() -> None:
