@@ -107,6 +107,14 @@ def test_a_batch_of_single_samples_is_credited_across_its_tasks() -> None:
     assert credited([[episode(1.0, 2)], [episode(1.0, 2)]], config(advantage="reinforce_pp", group=1)) == []
 
 
+def test_an_episode_without_a_sampled_token_is_no_row_and_counts_in_no_denominator() -> None:
+    """It sways the mean of its group (its reward was judged), and nothing else."""
+    silent = episode(0.0, 2).model_copy(update={"sampled": ()})
+    rows = credited([[episode(1.0, 2), episode(0.0, 4), silent]], config(advantage="dr_grpo", aggregation="sequence"))
+    assert [row.advantages[-1] for row in rows] == pytest.approx([2 / 3, -1 / 3])
+    assert AGGREGATIONS["sequence"][1](collate(rows, 0)) == 2
+
+
 def test_overlong_episodes_lose_reward_before_they_are_credited() -> None:
     """Limit 6, buffer 4, penalty ½: 2 tokens lose nothing, 4 lose ¼, 6 and more lose ½. An absent reward stays absent."""
     cfg = config(advantage="dr_grpo", overlong={"limit": 6, "buffer": 4, "penalty": 0.5})
