@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from worker import serve
 from workloads import BETA, CHECK_STEPS, CLIP, PAD, RATE, Workload, by_name, check_rows, rows_of
 
-from temper.data.batch import Batch, collate, plan_batches
+from temper.data.batch import Batch, collate, plan_units
 from temper.data.sequence import Sequence as Row
 from temper.policy.losses import LossOut, reverse_kl
 from temper.policy.model import Policy
@@ -23,7 +23,6 @@ from temper.train.credit import policy_loss
 from temper.train.learner import Learner, OptimConfig, loss_weight
 
 ADAPTER = "bench"
-Micro = list[list[Row]]  # one micro-batch: its rows, or its pairs or groups of rows
 
 
 class Ours:
@@ -57,7 +56,7 @@ class Ours:
         return timed
 
     def warm(self) -> float:
-        """The first step, the longest rows."""
+        """The first step, the shortest rows."""
         started = time.perf_counter()
         self.step(self.steps[0])
         synchronise(self.device)
@@ -89,6 +88,7 @@ class Ours:
             with torch.no_grad():
                 self.trained.model.score.weight.copy_(load_file(self.models / workload.model / "score.safetensors")["weight"])
         self.trained.model.train()
+        self.kind = self.trained.kind("auto")
         self.loss = self.objective(policy)
         optim = OptimConfig(lr=RATE, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, clip=1.0, warmup_share=0.0, schedule="constant")
         self.learner = Learner(self.trained, optim, total_steps)
@@ -136,8 +136,8 @@ class Ours:
 
     def step(self, units: Sequence[list[Row]]) -> float:
         """One optimizer step on these units; its loss."""
-        planned = plan_batches([sum(len(row.tokens) for row in unit) for unit in units], self.workload.tokens_per_batch)
-        batches = [collate([row for at in part for row in units[at]], PAD) for part in planned]
+        planned = plan_units(units, self.kind, self.workload.tokens_per_batch)
+        batches = [collate([row for at in part for row in units[at]], PAD, self.kind) for part in planned]
         count = preference.count_pairs if self.workload.kind in ("dpo", "reward") else loss_weight
         found = self.learner.forward_backward(batches, self.loss, count)
         self.learner.optim_step()

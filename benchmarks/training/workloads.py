@@ -1,8 +1,8 @@
 """What is measured: models, rows and steps, in plain Python that both environments can read.
 
 A workload fixes everything that two learners must share: weights, rows, their order, the rows of each optimizer
-step and the objective. Rows stand in falling order of length, as length grouping would put them, so that both sides
-take the very same optimizer steps.
+step and the objective. Rows stand in rising order of length, as length grouping would put them, so that both sides
+take the very same optimizer steps, and the step that warms up is the cheapest.
 """
 
 from __future__ import annotations
@@ -113,14 +113,14 @@ SUPERVISED = 0.4  # share of an SFT row that is trained: its end
 
 
 def rows_of(workload: Workload) -> list[dict[str, Any]]:
-    """The rows of one pass, longest first: a function of the workload alone."""
+    """The rows of one pass, shortest first: a function of the workload alone."""
     rng = random.Random(f"{workload.kind}-{workload.lengths}-{workload.answers}-{MODELS[workload.model].vocab}")
     make = {"sft": _conversation, "distill": _conversation, "dpo": _pair, "reward": _pair, "grpo": _group}[workload.kind]
-    return sorted((make(rng, workload) for _ in range(workload.rows)), key=size, reverse=True)
+    return sorted((make(rng, workload) for _ in range(workload.rows)), key=size)
 
 
 def check_rows(workload: Workload) -> list[dict[str, Any]]:
-    """The rows of one optimizer step on which both sides must agree: spread over all lengths but the longest."""
+    """The rows of one optimizer step on which both sides must agree: spread over all lengths."""
     rows = rows_of(workload)
     count = min(CHECK_ROWS, workload.peer_rows)
     return [rows[(at + 1) * len(rows) // (count + 1)] for at in range(count)]
