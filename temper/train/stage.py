@@ -28,6 +28,7 @@ from temper.data.layout import Kind
 from temper.data.sequence import Sequence, load_manifest, to_sequence
 from temper.data.template import Template
 from temper.policy.adapters import LoraConfig
+from temper.policy.hardware import choose_precision
 from temper.policy.model import Policy
 from temper.policy.quantised import Quantisation
 from temper.rollout.environment import Environment, Task
@@ -124,6 +125,8 @@ def load_policy(cfg: StageConfig, path: str | None = None) -> Policy:
     torch.manual_seed(stream_seed(cfg.seed, "init"))
     policy = Policy.load(path or cfg.base, precision=cfg.precision, device=cfg.device)
     policy.recompute = cfg.recompute
+    dtype, reason = choose_precision(cfg.precision, policy.device)
+    say(f"{policy.path} on {policy.device}: products in {str(dtype).removeprefix('torch.')} ({reason}), weights and moments in float32")
     return policy
 
 

@@ -11,11 +11,13 @@ from worlds import conversations
 from temper.core.errors import DataError, IntegrityError, ShapeError
 from temper.data.batch import collate
 from temper.data.sequence import Sequence, to_sequence
+from temper.policy import hardware
 from temper.policy.adapters import LoraConfig
 from temper.policy.losses import LossOut
 from temper.policy.model import Policy
 from temper.train.cost import Cost, kept_bytes
 from temper.train.learner import DivergedError, Learner, OptimConfig, decay_groups, rows
+from temper.train.stage import StageConfig, load_policy
 
 
 @pytest.fixture
@@ -211,6 +213,23 @@ def test_the_price_of_recomputing_is_said_and_the_choice_changes_no_gradient(bas
     policy.freeze_base()
     policy.add_lora("a", LoraConfig(rank=1, targets=("q_proj",)))
     assert Cost.of(policy).recomputed_share == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(("asked", "units", "said"), [
+    ("auto", True, "products in bfloat16 (this processor multiplies bfloat16), weights and moments in float32"),
+    ("auto", False, "products in float32 (this processor has no bfloat16 units), weights and moments in float32"),
+    ("float32", True, "products in float32 (asked for)"),
+])  # fmt: skip
+def test_the_precision_follows_the_hardware_and_is_said(base, examples, monkeypatch, capsys, asked, units, said) -> None:
+    """bfloat16 is what products are done in; what is trained, and its moments, stay float32."""
+    monkeypatch.setattr(hardware, "has_bfloat16_units", lambda: units)
+    policy = load_policy(StageConfig(out="nowhere", base=base, device="cpu", precision=asked))
+    assert said in capsys.readouterr().err
+    learner = Learner(policy, OptimConfig(), 5)
+    learner.forward_backward(in_batches(examples, 6, 0), policy.cross_entropy)
+    learner.optim_step()
+    held = [*learner.parameters.values(), *(value for state in learner.optimizer.state.values() for value in state.values())]
+    assert {value.dtype for value in held} == {torch.float32}
 
 
 def test_rows_count_rows() -> None:
