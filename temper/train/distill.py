@@ -187,7 +187,8 @@ def sampled(engine: Engine, environment: Environment, tasks: list[Task], cfg: Co
 def batched(rows: list[Sequence], student: Policy, cfg: Config) -> list[Batch]:
     """Rows in micro-batches."""
     kind = student.kind(cfg.layout)
-    return [collate([rows[row] for row in micro], student.template.pad_id, kind) for micro in plan_units([[row] for row in rows], kind, cfg.tokens_per_batch)]
+    planned = parallel.spread(plan_units([[row] for row in rows], kind, cfg.tokens_per_batch))
+    return [collate([rows[row] for row in micro], student.template.pad_id, kind) for micro in planned]
 
 
 @torch.no_grad()

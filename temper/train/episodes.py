@@ -102,6 +102,6 @@ def parts(rows: Rows[Sequence], learner: Learner, cfg: EpisodeConfig) -> list[li
     for part in range(cfg.minibatches):
         chosen = [rows[row] for row in order[part :: cfg.minibatches]]
         kind, rng = learner.policy.kind(cfg.layout), Random(stream_seed(cfg.seed, "batches", learner.step + part))
-        planned = plan_units([[row] for row in chosen], kind, cfg.tokens_per_batch, rng)
+        planned = parallel.spread(plan_units([[row] for row in chosen], kind, cfg.tokens_per_batch, rng)) if chosen else []
         found.append([collate([chosen[row] for row in batch], learner.policy.template.pad_id, kind) for batch in planned])
     return found
