@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from temper.core.errors import DataError
@@ -59,6 +59,13 @@ class Config(AdaptableConfig):
     reference: str = Field("start", description="start: the policy as it starts; or the path of a checkpoint")
     reference_cache: str | None = Field(None, description="folder that keeps the reference's log-probs for other runs; null: this run's own")
     answers_per_step: int = Field(32, gt=1, description="answers of one optimizer step")
+
+    @model_validator(mode="after")
+    def a_reference(self) -> Config:
+        """Refuse to go without one."""
+        if self.reference == "none":
+            raise ValueError("kto compares every answer with a reference: set reference: start, or the path of a checkpoint")
+        return self
 
 
 def run(cfg: Config) -> dict[str, Any]:

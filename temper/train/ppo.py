@@ -19,7 +19,7 @@ from torch import Tensor
 from temper.core.progress import track
 from temper.core.records import Record
 from temper.core.storage import write_jsonl
-from temper.data.batch import Batch, collate, plan_batches
+from temper.data.batch import Batch, collate, plan_units
 from temper.data.sequence import Sequence
 from temper.policy.kl import adapted, k1
 from temper.policy.losses import LossOut, clipped_value
@@ -52,7 +52,7 @@ class Config(EpisodeConfig):
     """PPO (Schulman et al. 2017) on the tasks of an environment, with a critic of its own."""
 
     group: int = Field(1, gt=0, description="episodes sampled for each task; a critic needs no second one to compare with")
-    loss: Literal["clipped", "cispo"] = Field("clipped", description="how far a step may follow the advantages")
+    loss: Literal["clipped"] = Field("clipped", description="PPO is its clip")
     clip_high: float | None = Field(0.2, gt=0, description="how far a ratio may rise; PPO's clip is symmetric")
     gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
     lam: float = Field(0.95, ge=0, le=1, description="GAE: 1 trusts rewards alone, 0 the critic alone")
@@ -160,13 +160,14 @@ def credited(records: list[Record], critic: RewardModel, reference: Policy | Non
     cut_N = torch.tensor([was_cut(record) for record in judged])
     open_N = cut_N & (cfg.at_cut == "bootstrap")
     values_N_T, after_N, reference_N_T = torch.zeros_like(old_N_T), torch.zeros(len(rows)), old_N_T.clone()
-    for numbers in plan_batches([len(row.tokens) for row in rows], cfg.tokens_per_batch, None):
-        batch = collate([dataclasses.replace(rows[number], adapter=None) for number in numbers], critic.template.pad_id).to(critic.device)
+    kind = critic.kind(cfg.layout)
+    for numbers in plan_units([[row] for row in rows], kind, cfg.tokens_per_batch):
+        batch = collate([dataclasses.replace(rows[number], adapter=None) for number in numbers], critic.template.pad_id, kind).to(critic.device)
         width = batch.tokens_B_T.shape[1]
         ends_B = torch.tensor([at * width + len(rows[number].tokens) - 1 for at, number in enumerate(numbers)], device=critic.device)
         values_N_T[numbers, :width], after_N[numbers] = critic.values(batch).cpu(), critic.scores(batch, ends_B).cpu()
         if reference is not None:
-            own = collate([rows[number] for number in numbers], critic.template.pad_id).to(reference.device)
+            own = collate([rows[number] for number in numbers], critic.template.pad_id, kind).to(reference.device)
             reference_N_T[numbers, :width] = reference.token_logprobs(own, temperature=cfg.temperature).logprobs_B_T.cpu()
     kl_N_T = k1(old_N_T, reference_N_T).where(mask_N_T, 0.0)
     rewards_N = torch.tensor([record.outcome.reward for record in judged], dtype=torch.float32).where(~open_N, 0.0)
@@ -235,7 +236,7 @@ def estimate(cfg: Config) -> Estimate:
     sampling = (time.perf_counter() - started) / len(few) * cfg.tasks_per_step
     rows = [episode_row(record, cfg) for group in records_P_G for record in group]
     per_step = [list(range(len(rows)))] * -(-cfg.tasks_per_step // len(few))
-    found = estimate_rows(policy, rows, [per_step] * steps * cfg.passes, policy_loss(policy, None, cfg), forwards=int(cfg.kl > 0) + 1)
+    found = estimate_rows(policy, rows, [per_step] * steps * cfg.passes, policy_loss(policy, None, cfg), forwards=int(cfg.kl > 0) + 1, kind=policy.kind(cfg.layout))
     return found.model_copy(update={
         "rows": len(tasks), "seconds": round(2 * found.seconds + sampling * steps, 1), "weights_mb": 2 * found.weights_mb,
         "seconds_from": f"{len(few)} tasks sampled: {sampling:.1f} s a step; update of policy and critic: twice {found.seconds_from}",

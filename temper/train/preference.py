@@ -62,7 +62,7 @@ class Config(AdaptableConfig, PairsConfig):
     """Preference optimisation of a whole model, or of an adapter on it."""
 
     data: str = Field(description="manifest folder of the pairs")
-    loss: str = Field("dpo", description="dpo, ipo, simpo or orpo")
+    loss: str = Field("dpo", description="dpo, ipo, simpo or orpo; kto is a stage of its own")
     beta: float = Field(0.1, gt=0, description="how strongly the reference holds; for simpo and orpo the scale of their margin")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs expected to be labelled the wrong way round (dpo)")
     length_normalised: bool = Field(False, description="compare log-probs per token (dpo)")

@@ -129,6 +129,8 @@ def test_the_pair_stage_points_here(base, data) -> None:
     with pytest.raises(ConfigError, match="kto learns from single answers") as refused:
         preference.run(preference.Config(out="o", base=base, data=data, loss="kto"))
     assert "stage: kto" in refused.value.do
+    with pytest.raises(ValueError, match="set reference: start"):
+        config(reference="none")
 
 
 def test_estimate(base, data) -> None:

@@ -27,7 +27,7 @@ class Oracle:
     """A critic that expects 0.5 before every token, and 2 of what follows the last."""
 
     def __init__(self, like: RewardModel) -> None:
-        self.template, self.device = like.template, like.device
+        self.template, self.device, self.kind = like.template, like.device, like.kind
 
     def values(self, batch):
         return torch.where(batch.mask_B_T, 0.5, 0.0)
@@ -68,6 +68,10 @@ def test_an_episode_that_ran_out_of_turns_was_cut() -> None:
     assert not ppo.was_cut(ended)
     assert ppo.was_cut(ended.model_copy(update={"messages": (*ended.messages[:1], calling)}))
     assert ppo.was_cut(cut(ended))
+    # the reason decides, not the last token: the limit may fall right behind an end token (2)
+    stopped = ended.sampled[0].model_copy(update={"token_ids": (2,), "logprobs": (-0.5,)})
+    assert ppo.was_cut(cut(ended.model_copy(update={"sampled": (stopped,)})))
+    assert not ppo.was_cut(ended.model_copy(update={"sampled": (stopped,)}))
 
 
 def test_whitening_is_over_the_real_tokens_of_all_episodes(critic) -> None:
