@@ -28,7 +28,7 @@ from temper.data.layout import Span
 from temper.policy import varlen
 
 NAME = "temper_blocks"
-QUERIES = 64  # of one block
+QUERIES = 64  # of one block; twice as many where it has one row, for which larger products outweigh the scores above the diagonal
 BLOCK_SCORES = 1 << 20  # float32 scores of one block: 4 MiB
 KEEP_BYTES = 64 << 20  # probabilities kept for the backward by one layer; above this they are formed again
 FORBIDDEN = -1e30
@@ -227,12 +227,13 @@ def _give_back(dx_bKTS: Tensor, found: Tensor, item: _Item) -> None:
 
 
 def _blocks(item: _Item, heads: int, window: int | None) -> list[_Block]:
-    """The blocks of an item: at most QUERIES queries and BLOCK_SCORES scores, with the keys that one of them sees."""
+    """The blocks of an item: of QUERIES queries (twice that for one row) and at most BLOCK_SCORES scores, with the keys that one of them sees."""
     rows, length = item.rows.stop - item.rows.start, item.end - item.start
     before = sum(end - start for start, end in item.path)
     found = []
-    for first in range(0, length, QUERIES):
-        end = min(length, first + QUERIES)
+    step = QUERIES if rows > 1 else 2 * QUERIES
+    for first in range(0, length, step):
+        end = min(length, first + step)
         low = 0 if window is None else max(0, before + first - window + 1)
         height = max(1, BLOCK_SCORES // (heads * (end - first) * (before + end - low)))
         found += [_Block(slice(row, min(rows, row + height)), first, end, low) for row in range(0, rows, height)]

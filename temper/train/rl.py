@@ -150,7 +150,7 @@ def estimate(cfg: Config) -> Estimate:
     sampling = (time.perf_counter() - started) / len(few) * cfg.tasks_per_step
     rows = [episode_row(record, cfg) for group in records_P_G for record in group]
     per_step = [list(range(len(rows)))] * -(-cfg.tasks_per_step // len(few))
-    found = estimate_rows(policy, rows, [per_step] * steps, policy_loss(policy, None, cfg), forwards=int(cfg.kl > 0))
+    found = estimate_rows(policy, rows, [per_step] * steps, policy_loss(policy, None, cfg), forwards=int(cfg.kl > 0), kind=policy.kind(cfg.layout))
     return found.model_copy(update={
         "rows": len(tasks), "seconds": round(found.seconds + sampling * steps, 1),
         "seconds_from": f"{len(few)} tasks sampled: {sampling:.1f} s a step; update: {found.seconds_from}",
