@@ -8,6 +8,7 @@ and merging see one and the same matrix.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ BLOCK, ABSMAX_BLOCK = 64, 256
 @cache
 def bitsandbytes(purpose: str) -> Any:
     """The library. Raises MissingDependency where it is absent or cannot be loaded."""
+    # its word about a kernel for inference that is not installed; the product here is another one
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes as library
     except (ImportError, OSError, RuntimeError) as error:

@@ -38,13 +38,26 @@ def make_optimizer(kind: Kind, groups: list[dict[str, Any]], *, lr: float, betas
         log.warning("optim.kind: paged_adamw8bit pages on CUDA only; here it is adamw8bit")
         kind = "adamw8bit"
     optimizer = getattr(library.optim, EIGHT_BIT[kind])(groups, lr=lr, betas=betas, eps=eps)
+    optimizer.register_step_pre_hook(_lend_levels)
     optimizer.register_step_post_hook(_settle)
     return optimizer
 
 
-def _settle(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Say that weights changed, for bitsandbytes writes past autograd's count of versions and what is kept of a weight
-    (stacked adapters) is keyed by it; and hold the count of steps as a tensor."""
+def _lend_levels(optimizer: Any, *_: Any) -> None:
+    """Put the tables of levels, one for all weights, beside the moments in eight bits."""
+    for weight, state in optimizer.state.items():
+        if "absmax1" in state:
+            state["qmap1"], state["qmap2"] = (optimizer.name2qmap[name].to(weight.device) for name in ("dynamic", "udynamic"))
+
+
+def _settle(optimizer: Any, *_: Any) -> None:
+    """Leave in the state what a checkpoint must hold: every tensor once, and the count of steps as a tensor.
+
+    And say that weights changed: bitsandbytes writes past autograd's count of versions, by which what is kept of a
+    weight (stacked adapters) is known to be old.
+    """
     for weight, state in optimizer.state.items():
         torch.autograd.graph.increment_version(weight)
         state["step"] = torch.as_tensor(state["step"])
+        state.pop("qmap1", None)
+        state.pop("qmap2", None)

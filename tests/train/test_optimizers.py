@@ -48,7 +48,7 @@ def test_eight_bit_moments_stay_near_float32_ones_in_a_quarter_of_the_memory():
 
     def held(optimizer):
         (state,) = optimizer.state.values()
-        return sum(value.numel() * value.element_size() for name, value in state.items() if not name.startswith("qmap"))
+        return sum(value.numel() * value.element_size() for value in state.values())
 
     assert held(of_near) < 0.27 * held(of_exact)
 
@@ -56,7 +56,10 @@ def test_eight_bit_moments_stay_near_float32_ones_in_a_quarter_of_the_memory():
 def test_going_on_from_a_copy_of_the_state_gives_the_same_bytes():
     pytest.importorskip("bitsandbytes")
     whole, optimizer = steps("adamw8bit", 12)
-    assert all(isinstance(value, torch.Tensor) for value in next(iter(optimizer.state.values())).values())
+    (state,) = optimizer.state.values()
+    assert {name: value.dtype for name, value in state.items()} == {
+        "step": torch.int64, "state1": torch.uint8, "state2": torch.uint8, "absmax1": torch.float32, "absmax2": torch.float32,
+    }  # fmt: skip
     assert torch.equal(steps("adamw8bit", 12, resumed_after=5)[0], whole)
 
 
