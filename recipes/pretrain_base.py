@@ -15,7 +15,10 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ from temper.core.hashing import hash_text, stream_seed
 from temper.core.progress import track
 from temper.core.storage import whole_folder
 from temper.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
-from temper.environments.finops.corpus import COPYING, WRITERS, Writer, documents
+from temper.environments.finops.corpus import COPYING, DRILLED, WRITERS, Writer, documents
 from temper.environments.finops.demonstrations import sample_formats
 
 SEED = 20260
@@ -37,7 +40,11 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the training: what is read, in rows of how many tokens, for how long, how fast."""
+    """One part of the training: what is read, in rows of how many tokens, for how long, how fast, by which optimizer.
+
+    In `nested_share` of the steps only the first and the last layer work, so that these two are a small model of their
+    own: what a student is later made of (LayerDrop, Fan et al. 2019).
+    """
 
     writers: dict[str, tuple[Writer, int]]
     documents: int
@@ -46,11 +53,14 @@ class Part:
     steps: int
     learning_rate: float
     long_share: float  # the last share of the steps, on rows twice as long
+    muon: bool = False  # matrices by Muon (Jordan et al. 2024) instead of AdamW
+    nested_share: float = 0.0
 
 
-PARTS = (  # the domain's text; then the same with much practice in copying, in small batches
+PARTS = (  # the domain's text; the same with practice in copying, in small batches; and drills, which nothing but copying solves
     Part(WRITERS, 120_000, 24, 256, 1600, 2e-3, 0.25),
     Part(COPYING, 40_000, 24, 128, 1700, 1.5e-3, 0.1),
+    Part(DRILLED, 60_000, 12, 256, 3000, 1.5e-3, 0.25, muon=True, nested_share=0.25),
 )
 
 
@@ -95,7 +105,7 @@ def tokenised(tokenizer: PreTrainedTokenizerFast, number: int) -> tuple[np.ndarr
 def loss_of(model: Qwen3ForCausalLM, rows_B_T: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy in nats."""
     with torch.autocast("cpu", torch.bfloat16):
-        hidden_B_T_D = model.model(input_ids=rows_B_T[:, :-1]).last_hidden_state
+        hidden_B_T_D = model.model(input_ids=rows_B_T[:, :-1], use_cache=False).last_hidden_state
         logits_B_T_V = F.linear(hidden_B_T_D, model.lm_head.weight)
     return F.cross_entropy(logits_B_T_V.float().flatten(0, 1), rows_B_T[:, 1:].flatten().long())
 
@@ -105,30 +115,56 @@ def rate(progress: float) -> float:
     return min(progress / 0.03, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: Qwen3ForCausalLM, stream: np.ndarray, part: Part, compiled: bool) -> dict[str, float]:
+def optimizers(model: Qwen3ForCausalLM, part: Part) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the layers' matrices and AdamW for embeddings and norms."""
+    inner = [weight for name, weight in model.named_parameters() if weight.ndim >= 2 and not (part.muon and "embed" in name)]
+    chosen = {id(weight) for weight in inner}
+    outer = [weight for weight in model.parameters() if id(weight) not in chosen]
+    adamw = {"lr": part.learning_rate, "betas": (0.9, 0.95), "fused": True}
+    if part.muon:
+        muon = torch.optim.Muon(inner, lr=part.learning_rate, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        return [muon, torch.optim.AdamW(outer, weight_decay=0.0, **adamw)]
+    return [torch.optim.AdamW([{"params": inner, "weight_decay": 0.1}, {"params": outer, "weight_decay": 0.0}], **adamw)]
+
+
+@contextmanager
+def ends_only(model: Qwen3ForCausalLM) -> Iterator[None]:
+    """Inside the block the model is its first and its last layer alone."""
+    layers, total = model.model.layers, model.config.num_hidden_layers
+    model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList([layers[0], layers[-1]]), 2
+    try:
+        yield
+    finally:
+        model.model.layers, model.config.num_hidden_layers = layers, total
+
+
+def train(model: Qwen3ForCausalLM, stream: np.ndarray, part: Part, options: argparse.Namespace) -> dict[str, float]:
     """Train one part. Returns tokens, steps and seconds."""
     rng = np.random.default_rng(stream_seed(SEED, "blocks"))
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=part.learning_rate, betas=(0.9, 0.95), fused=True)
-    forward = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    steppers = optimizers(model, part)
+    # two functions, so that the whole model and its ends are compiled apart
+    whole, ends = (torch.compile(partial(loss_of), dynamic=False) if options.compile else loss_of for _ in range(2))
     started, tokens = time.monotonic(), 0
     for step in track(range(part.steps), "pretraining", part.steps):
         progress = step / part.steps
         width, rows = (part.width * 2, part.rows // 2) if progress > 1 - part.long_share else (part.width, part.rows)
         starts = rng.integers(0, len(stream) - width - 1, size=rows)
         batch = torch.from_numpy(np.stack([stream[at : at + width + 1] for at in starts]))
-        for group in optimizer.param_groups:
-            group["lr"] = part.learning_rate * rate(progress)
-        loss = forward(model, batch)
-        loss.backward()
+        nested = rng.random() < part.nested_share
+        with ends_only(model) if nested else nullcontext():
+            loss = (ends if nested else whole)(model, batch)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for stepper in steppers:
+            for group in stepper.param_groups:
+                group["lr"] = part.learning_rate * rate(progress)
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
         tokens += rows * width
         if step % 50 == 0:
-            print(f"step {step}, loss {loss.item():.3f}, {tokens / (time.monotonic() - started):.0f} tokens/s", flush=True)
+            print(f"step {step}, loss {loss.item():.3f}{' (ends)' if nested else ''}, {tokens / (time.monotonic() - started):.0f} tokens/s", flush=True)
+        if options.snapshots and step and step % options.snapshots == 0:
+            model.save_pretrained(options.out.with_name(f"{options.out.name}-{step}"))
     return {"steps": part.steps, "tokens": tokens, "seconds": round(time.monotonic() - started, 1)}
 
 
@@ -147,6 +183,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="the checkpoint that the parts before --part left")
     parser.add_argument("--part", type=int, default=0, help="the part to begin with")
     parser.add_argument("--compile", action="store_true", help="torch.compile: 1.8 times the speed, needs a C++ compiler")
+    parser.add_argument("--snapshots", type=int, default=0, help="steps between checkpoints beside --out, to look at on the way")
     options = parser.parse_args()
     torch.manual_seed(stream_seed(SEED, "weights"))
     if options.init:
@@ -161,7 +198,7 @@ def main() -> None:
         part = PARTS[number]
         stream, digest = tokenised(tokenizer, number)
         cut = int(len(stream) * HELD_OUT / part.documents)
-        cost = train(model, stream[cut:], part, options.compile)
+        cost = train(model, stream[cut:], part, options)
         data = {
             "generator": "temper.environments.finops.corpus", "kinds": {name: weight for name, (_, weight) in part.writers.items()},
             "documents": part.documents, "held_out_documents": HELD_OUT, "tokens": len(stream), "sha256": digest,

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from temper.core.hashing import stream_seed
+from temper.environments.finops.drills import DRILLS
 from temper.environments.finops.names import (
     CASH_ACCOUNTS,
     DEPARTMENTS,
@@ -259,6 +260,9 @@ WRITERS: dict[str, tuple[Writer, int]] = {  # document kind: (writer, weight)
 COPYING: dict[str, tuple[Writer, int]] = WRITERS | {
     "copybook": (copybook, 6), "register": (register, 5), "request_slip": (request_slip, 8), "fact_slip": (fact_slip, 6),
 }  # fmt: skip
+
+# The third part: two thirds of it are drills.
+DRILLED: dict[str, tuple[Writer, int]] = COPYING | DRILLS
 
 
 def documents(seed: int, count: int, writers: dict[str, tuple[Writer, int]] = WRITERS) -> Iterator[str]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from temper.core.hashing import hash_value, stream_seed
-from temper.core.records import Message, Split, ToolCall
+from temper.core.records import Message, ToolCall
 from temper.environments.finops.names import QUARTERS
 from temper.environments.finops.policies import RULES, TENANT_RULES, TRANSFER_TOPIC, Policy, current, transfer_limit
 from temper.environments.finops.session import LedgerSession
+from temper.environments.finops.summaries import summary
 from temper.environments.finops.tools import SPECS
 from temper.environments.finops.wording import FOLLOWUPS, RISKS, ask, ask_risky, refuse
 from temper.environments.finops.world import Company
@@ -150,86 +151,12 @@ def followup(rng: random.Random, c: Company) -> Draft:
 
 # --- strict JSON ---------------------------------------------------------------------------------------------
 
-INTEGER, STRING = {"type": "integer"}, {"type": "string"}
-
-
-def object_schema(fields: dict[str, Any]) -> dict[str, Any]:
-    """A closed object in which every field is required, in this order."""
-    return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-
 
 def json_summary(rng: random.Random, c: Company) -> Draft:
-    """Facts in a sentence, to be returned as strict JSON with the keys that the request names."""
-    d, q, a = rng.choice(c.departments), rng.choice(QUARTERS), rng.choice(c.accounts)
-    number, vendor, x, due, status = rng.choice(c.invoices)
-    receipt, customer, y, received = rng.choice(c.receivables)
-    budget, spent, bank = c.budgets[d, q], c.total_spend(d, q), c.balances[a]
-    texts: dict[Split, tuple[str, ...]] = {
-        "train": (
-            f"Invoice {number} from {vendor} for {x} USD is due on {due} and is {status}.",
-            f"{vendor} sent invoice {number}. It is {status}, the amount is {x} USD and the due date is {due}.",
-            f"In {q} the {d} department had a budget of {budget} USD and spent {spent} USD.",
-            f"{d} spent {spent} USD of its {q} budget of {budget} USD.",
-            f"{customer} owes us {y} USD under {receipt}, payable by {received}.",
-            f"The {a} account holds {bank} USD in the ledger at the end of {q}.",
-            f"The vendor {vendor} asks for {x} USD: invoice {number}, due date {due}, {status}.",
-            f"{x} USD to {vendor}, {number}, due {due}, status {status}.",
-            f"Please file {number}, {status}, from {vendor}: due {due}, {x} USD.",
-            f"Budget of {d} in {q}: {budget} USD. Spent: {spent} USD.",
-            f"For {q}, {d} got {budget} USD and used {spent} USD.",
-            f"{customer}: {y} USD due {received}, reference {receipt}.",
-            f"Reference {receipt} says that {customer} owes {y} USD by {received}.",
-            f"{a} stands at {bank} USD after {q}.",
-            f"After {q} there are {bank} USD on the {a} account.",
-        ),
-        "dev": (
-            f"We got invoice {number} of {vendor}: {x} USD, due {due}, {status}.",
-            f"The {q} budget of {d} is {budget} USD, of which {spent} USD is spent.",
-            f"Under {receipt}, {customer} owes {y} USD until {received}.",
-            f"At the end of {q} the ledger shows {bank} USD on {a}.",
-        ),
-        "test": (
-            f"{vendor} bills {x} USD with invoice {number}, due on {due}, now {status}.",
-            f"{d} had {budget} USD for {q} and has spent {spent} USD.",
-            f"{receipt}: {customer} has to pay {y} USD by {received}.",
-            f"For {q} the {a} account shows {bank} USD.",
-        ),
-    }
-    text = rng.choice(texts[c.split])
-    facts: dict[str, tuple[Any, dict[str, Any]]] = {
-        "invoice": (number, STRING), "vendor": (vendor, STRING), "amount": (x, INTEGER), "due": (due, STRING),
-        "status": (status, {"enum": ["open", "paid", "overdue"]}),
-    } if number in text else {
-        "department": (d, STRING), "quarter": (q, {"enum": list(QUARTERS)}), "budget": (budget, INTEGER), "spent": (spent, INTEGER),
-    } if str(budget) in text and d in text else {
-        "reference": (receipt, STRING), "customer": (customer, STRING), "amount": (y, INTEGER), "due": (received, STRING),
-    } if receipt in text else {
-        "account": (a, STRING), "quarter": (q, {"enum": list(QUARTERS)}), "balance": (bank, INTEGER),
-    }  # fmt: skip
-    keys = list(facts)
-    if rng.random() < 0.5:
-        rng.shuffle(keys)
-    if rng.random() < 0.3:
-        keys = keys[:-1]
-    gold = {key: facts[key][0] for key in keys}
-    asks = {
-        "train": (
-            "Return JSON with the keys {k}. {t}",
-            "Summarise as JSON ({k}): {t}",
-            "Give me only JSON with {k}. {t}",
-            "{t} As JSON with {k}, please.",
-            "Turn this into JSON with {k}. {t}",
-            "Keys {k}, JSON: {t}",
-            "I need JSON ({k}) for this: {t}",
-            "{t} Give me that as JSON: {k}.",
-            "Make JSON with the keys {k} from: {t}",
-            "JSON with {k}. {t}",
-        ),
-        "dev": ("Write this as JSON with the keys {k}. {t}", "JSON only, keys {k}: {t}"),
-        "test": ("Put this into JSON with the keys {k}. {t}", "Only JSON with {k}, please: {t}"),
-    }
-    request = rng.choice(asks[c.split]).format(k=", ".join(keys), t=text)
-    return Draft(request, [], json.dumps(gold), answer={"fields": gold}, schema=object_schema({key: facts[key][1] for key in keys}))
+    """Facts in a sentence, to be returned as strict JSON: a closed object, every key required."""
+    request, fields, schemas = summary(rng, c)
+    schema = {"type": "object", "properties": schemas, "required": list(schemas), "additionalProperties": False}
+    return Draft(request, [], json.dumps(fields), answer={"fields": fields}, schema=schema)
 
 
 # --- policy, with citations ----------------------------------------------------------------------------------
