@@ -83,20 +83,21 @@ def print_plan(title: str, plan: dict[str, Any]) -> None:
     print(yaml.safe_dump(plan["config"], sort_keys=False, allow_unicode=True, width=120))
     for name, part in plan.items():
         if name == "steps":
-            print_table("steps", ("phase", "stage", "config", "writes", *ESTIMATED), [step_row(step) for step in part])
-            if any(isinstance(step.get("estimate"), str) for step in part):
-                print("later: it reads what an earlier step makes, so it can be estimated once that is there")
+            print_table("steps", ("phase", "stage", "config", "writes", *ESTIMATED, "how it was found"), [step_row(step) for step in part])
+        elif name == "evaluations":
+            print_table("evaluations", EVALUATED, [[item.get(key) for key in EVALUATED[:-1]] + [item["seconds_from"]] for item in part])
         elif name != "config":
             print_facts(name, part if isinstance(part, dict) else {"": part})
 
 
 ESTIMATED = ("rows", "tokens", "steps", "memory MB", "seconds")
+EVALUATED = ("phase", "split", "tasks", "tokens", "seconds", "how it was found")
 
 
 def step_row(step: dict[str, Any]) -> tuple[Any, ...]:
-    """One step of a plan: what it is, and what it is estimated to cost."""
+    """One step of a plan: what it is, and what it is estimated to cost (memory: weights, gradients and the optimizer's moments)."""
     cost, named = step.get("estimate"), (step["phase"], step["stage"], step["config"], step["out"])
     if not isinstance(cost, dict):
-        return (*named, *[None] * (len(ESTIMATED) - 1), "later" if cost else None)
+        return (*named, *[None] * len(ESTIMATED), cost)
     memory = sum(cost.get(part) or 0 for part in ("weights_mb", "optimizer_mb"))
-    return (*named, cost.get("rows"), cost.get("tokens"), cost.get("steps"), memory or None, cost.get("seconds"))
+    return (*named, cost.get("rows"), cost.get("tokens"), cost.get("steps"), memory or None, cost.get("seconds"), cost.get("seconds_from"))

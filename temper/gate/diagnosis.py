@@ -65,18 +65,27 @@ def moved(low: float | None, high: float | None, allowed: float) -> str:
     return "better" if low > 0 else "worse" if high < -allowed else "unchanged"
 
 
-def diagnose(targets: Sequence[Change], guardrails: Sequence[Change]) -> Outcome:
-    """Name what a phase did, from what it aimed at and what it must not harm.
+def diagnose(targets: Sequence[Change], guardrails: Sequence[Change], proxies: Sequence[Change] = ()) -> Outcome:
+    """Name what a phase did, from what it aimed at, what it must not harm, and what a learned judge says of it.
+
+    `proxies` are figures that stand for the aim without being it (a reward model's score). They count on the side of
+    the targets, and never suffice: a proxy that rises alone is the definition of gaming.
 
     1. A target is worse: `regression`.
-    2. A target is better and a guardrail worse: `reward gaming or drift` (the aim was met at the cost of what it stood for).
-    3. A target is better, no guardrail worse, and every guardrail measured: `real improvement`.
-    4. No target moved, and every target measured: `pointless drift` (the weights changed and nothing aimed at did).
-    5. Otherwise the evidence is incomplete: `cannot tell`.
+    2. A target or proxy is better and a guardrail worse, or a proxy better and no target: `reward gaming or drift`.
+    3. A target is better, and no guardrail and no proxy is worse or unmeasured: `real improvement`.
+    4. Nothing aimed at moved, all of it measured: `regression` where a proxy fell, else `pointless drift`.
+    5. Otherwise the evidence is incomplete, or target and proxy contradict each other: `cannot tell`.
     """
-    aims, limits = {change.status for change in targets}, {change.status for change in guardrails}
+    aims, limits, judged = ({change.status for change in group} for group in (targets, guardrails, proxies))
     if "worse" in aims:
         return "regression"
+    if "better" in aims | judged and "worse" in limits:
+        return "reward gaming or drift"
     if "better" in aims:
-        return "reward gaming or drift" if "worse" in limits else "cannot tell" if "unknown" in limits else "real improvement"
-    return "pointless drift" if aims == {"unchanged"} else "cannot tell"
+        return "cannot tell" if "unknown" in limits | judged or "worse" in judged else "real improvement"
+    if "better" in judged and aims == {"unchanged"}:
+        return "reward gaming or drift"
+    if aims != {"unchanged"} or "unknown" in judged:
+        return "cannot tell"
+    return "regression" if "worse" in judged else "pointless drift"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from temper.core.config import Config as CoreConfig
+from temper.core.config import apply_overrides, interpolate, read_yaml
 from temper.evaluate.suite import Options
 
 
@@ -78,3 +79,16 @@ class PipelineConfig(CoreConfig):
 def beside(pipeline: Path, reference: StageRef) -> Path:
     """The file that a reference names."""
     return pipeline.parent / reference.config
+
+
+def resolved(cfg: PipelineConfig, path: Path, reference: StageRef) -> dict[str, Any]:
+    """A stage file's keys with the pipeline's run folder and overrides in place."""
+    return interpolate(apply_overrides(read_yaml(beside(path, reference)), [f"run={cfg.run}", *reference.set]))
+
+
+def stage_module(name: str) -> Any:
+    """The module behind a stage file's `stage:` key."""
+    from temper.pipeline import data  # not before a config is read: the schema alone needs no stage
+    from temper.train import load_stage
+
+    return data if name == "data" else load_stage(name)

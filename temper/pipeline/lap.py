@@ -9,17 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from temper.core.config import apply_overrides, interpolate, load_config, read_yaml
-from temper.core.errors import TemperError
+from temper.core.config import load_config
 from temper.core.reports import Report
-from temper.core.storage import write_json, write_text
+from temper.core.storage import write_json
 from temper.environments import load_environment
-from temper.pipeline import data as data_stage
-from temper.pipeline.config import PipelineConfig, StageRef, beside
+from temper.pipeline.config import Phase, PipelineConfig, StageRef, beside, resolved, stage_module
+from temper.pipeline.forecast import plan
+from temper.pipeline.judged import Judged, judge_phase, with_judgement
 from temper.pipeline.measure import measure_phase
-from temper.pipeline.release import exercise, judge, register
-from temper.pipeline.summary import build_report, diagnose_phase
-from temper.train import load_stage
+from temper.pipeline.release import exercised, judge, register
+from temper.pipeline.summary import compared_with, diagnose_phase, finished, publish
 
 console = Console(stderr=True)
 TABLE_WIDTH = 132  # where no terminal says how wide it is
@@ -38,35 +37,40 @@ def run(path: Path, overrides: list[str] | None = None, *, dry_run: bool = False
     cfg = load_config(PipelineConfig, path, overrides)
     if dry_run:
         return plan(cfg, path)
-    started = time.monotonic()
+    started, before = time.monotonic(), finished(cfg)
     environment = load_environment(cfg.environment, **cfg.environment_options)
     run_stage(cfg, path, cfg.data)
     reports: dict[str, Report] = {}
+    judgements: dict[str, Judged] = {}
     for phase in cfg.phases:
         console.rule(phase.title)
         for reference in phase.stages:
             run_stage(cfg, path, reference)
         previous = reports.get(phase.against or next(reversed(reports), ""))
         reports[phase.name] = measure_phase(cfg, phase, environment, "dev", previous, cfg.limit)
-    outcome = conclude(cfg, path, environment, reports)
-    html = build_report(cfg, path, reports, outcome, seconds=time.monotonic() - started)
-    write_text(Path(cfg.report), html)
-    summary = {"report": cfg.report, "verdict": outcome["verdict"].decision, "seconds": round(time.monotonic() - started, 1)}
+        rewarded = reward_stage(cfg, path, phase)
+        if rewarded:
+            against = compared_with(phase, reports)
+            judgements[phase.name] = judge_phase(cfg, phase, against, rewarded, reports)
+            reports = with_judgement(reports, phase.name, judgements[phase.name])
+    outcome = conclude(cfg, path, environment, reports, judgements)
+    publish(cfg, path, reports, outcome, seconds=time.monotonic() - started)
+    made = sorted(name for name, moment in finished(cfg).items() if before.get(name) != moment)
+    summary = {"report": cfg.report, "verdict": outcome["verdict"].decision, "seconds": round(time.monotonic() - started, 1), "made": made}
+    print_table(cfg, reports, outcome)
+    if not made:
+        console.print(f"unchanged: all {len(before)} pieces of work in {cfg.run} were done before; nothing was run")
+        return summary
     write_json(
         Path(cfg.run) / "summary.json", summary | {key: outcome[key] for key in ("served", "release", "student_verdict") if key in outcome}
     )
-    print_table(cfg, reports, outcome)
     return summary
 
 
-def resolved(cfg: PipelineConfig, path: Path, reference: StageRef) -> dict[str, Any]:
-    """A stage file's keys with the pipeline's run folder and overrides in place."""
-    return interpolate(apply_overrides(read_yaml(beside(path, reference)), [f"run={cfg.run}", *reference.set]))
-
-
-def stage_module(name: str) -> Any:
-    """The module behind a stage file's `stage:` key."""
-    return data_stage if name == "data" else load_stage(name)
+def reward_stage(cfg: PipelineConfig, path: Path, phase: Phase) -> str | None:
+    """Where the phase's own reward model was written; None where it trains none."""
+    stages = [resolved(cfg, path, reference) for reference in phase.stages]
+    return next((str(values["out"]) for values in stages if values["stage"] == "reward"), None)
 
 
 def run_stage(cfg: PipelineConfig, path: Path, reference: StageRef) -> dict[str, Any]:
@@ -76,7 +80,9 @@ def run_stage(cfg: PipelineConfig, path: Path, reference: StageRef) -> dict[str,
     return module.run(config)
 
 
-def conclude(cfg: PipelineConfig, path: Path, environment: Any, reports: dict[str, Report]) -> dict[str, Any]:
+def conclude(
+    cfg: PipelineConfig, path: Path, environment: Any, reports: dict[str, Report], judgements: dict[str, Judged]
+) -> dict[str, Any]:
     """Gate on dev, one look at the sealed split, then register, serve and roll back where the gate lets it through."""
     console.rule("Gate, release, serving")
     release, folder = cfg.release, Path(cfg.run)
@@ -91,7 +97,7 @@ def conclude(cfg: PipelineConfig, path: Path, environment: Any, reports: dict[st
     outcome: dict[str, Any] = {
         "verdict": judge(gate, reports[release.phase], baseline, folder / "verdict.json"),
         "first_verdict": judge(gate, first_report, baseline, folder / "verdict-base.json"),
-        "diagnoses": {item.name: diagnose_phase(item, reports, cfg) for item in cfg.phases if item.targets},
+        "diagnoses": {item.name: diagnose_phase(item, reports, judgements.get(item.name)) for item in cfg.phases if item.targets},
     }
     sealed_phases = [cfg.phase(name) for name in dict.fromkeys((release.baseline, release.phase, release.student)) if name]
     outcome["sealed"] = {item.name: measure_phase(cfg, item, environment, "test", None, cfg.sealed_limit) for item in sealed_phases}
@@ -106,9 +112,8 @@ def conclude(cfg: PipelineConfig, path: Path, environment: Any, reports: dict[st
     first = register(cfg, plain, first_report, outcome["first_verdict"])
     second = register(cfg, phase, reports[release.phase], outcome["verdict"], parents=(first.id,))
     outcome["release"] = second.id
-    outcome["lineage_of"] = second
     if outcome["verdict"].decision == outcome["first_verdict"].decision == "promote":
-        outcome["served"] = exercise(cfg, first, second, environment)
+        outcome["served"] = exercised(cfg, first, second, environment)
     else:
         console.print(f"the gate says {outcome['verdict'].decision}; nothing is promoted or served")
     return outcome
@@ -118,29 +123,6 @@ def teacher_report(cfg: PipelineConfig, reports: dict[str, Report]) -> Report:
     """The report of the phase that taught the student: the one the student phase is compared with."""
     student = cfg.phase(str(cfg.release.student))
     return reports[student.against or cfg.release.phase]
-
-
-def plan(cfg: PipelineConfig, path: Path) -> dict[str, Any]:
-    """The resolved config, every step in order, and what each is estimated to cost where its inputs are there already."""
-    steps: list[dict[str, Any]] = []
-    for name, reference in [("data", cfg.data), *((phase.name, item) for phase in cfg.phases for item in phase.stages)]:
-        values = resolved(cfg, path, reference)
-        module = stage_module(values["stage"])
-        config = load_config(module.Config, beside(path, reference), [f"run={cfg.run}", *reference.set])
-        step: dict[str, Any] = {
-            "phase": name,
-            "config": str(beside(path, reference)),
-            "stage": values["stage"],
-            "out": config.out,
-            "resolved": config.model_dump(mode="json"),
-        }
-        if hasattr(module, "estimate"):
-            try:
-                step["estimate"] = module.estimate(config).model_dump(mode="json")
-            except TemperError as error:
-                step["estimate"] = f"not yet: {error.what}"
-        steps.append(step)
-    return {"run": cfg.run, "config": cfg.model_dump(mode="json"), "steps": steps, "evaluations": [phase.name for phase in cfg.phases]}
 
 
 def print_table(cfg: PipelineConfig, reports: dict[str, Report], outcome: dict[str, Any]) -> None:

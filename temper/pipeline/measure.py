@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def measure_phase(cfg: PipelineConfig, phase: Phase, environment: Any, split: Sp
     """The report of one phase on one split; read back where the same work was done before."""
     started = time.monotonic()
     digest = phase_hash(phase)
-    out = Path(cfg.run) / "evaluate" / (phase.name if split == "dev" else f"{phase.name}-{split}")
+    out = evaluation_folder(cfg, phase.name, split)
     settings = {
         "split": split,
         "limit": limit,
@@ -52,6 +53,7 @@ def measure_phase(cfg: PipelineConfig, phase: Phase, environment: Any, split: Sp
     }
     folder = RunDirectory.create(out, stage="evaluate", config=settings, inputs=inputs, rooms=(*TRAINING_ROOMS, "evaluate"))
     if folder.done:
+        print(f"unchanged: evaluation of {phase.name} on {split} in {out} (key {folder.key[:12]})", file=sys.stderr)
         return read_report(out / "report.json")
     report, records = run_suite(
         open_engine(phase), environment, split, name=phase.name, constrained=phase.constrained, limit=limit, options=cfg.options, previous=previous,
@@ -64,9 +66,14 @@ def measure_phase(cfg: PipelineConfig, phase: Phase, environment: Any, split: Sp
     return report
 
 
+def evaluation_folder(cfg: PipelineConfig, phase: str, split: Split = "dev") -> Path:
+    """Where the report and the records of a phase on a split stand."""
+    return Path(cfg.run) / "evaluate" / (phase if split == "dev" else f"{phase}-{split}")
+
+
 def records_of(cfg: PipelineConfig, phase: str, split: Split = "dev") -> list[Record]:
     """The records behind a phase's report."""
-    return read_jsonl(Path(cfg.run) / "evaluate" / (phase if split == "dev" else f"{phase}-{split}") / "records.jsonl", Record)
+    return read_jsonl(evaluation_folder(cfg, phase, split) / "records.jsonl", Record)
 
 
 def stage_outputs(out: str) -> dict[str, Any]:

@@ -34,11 +34,16 @@ class Shift(Noun):
 
 
 class Diagnosis(Noun):
-    """What a phase did: its targets and guardrails apart, and the outcome that `gate.diagnose` named."""
+    """What a phase did: its targets and guardrails apart, and the outcome that `gate.diagnose` named.
+
+    `proxies` are what a reward model says, and `judge` how far its word goes.
+    """
 
     against: str
     targets: tuple[Shift, ...]
     guardrails: tuple[Shift, ...]
+    proxies: tuple[Shift, ...] = ()
+    judge: str = ""
     outcome: str
 
 
@@ -101,7 +106,10 @@ class Served(Noun):
 
 
 class Run(Noun):
-    """How it was made: the command, the config as resolved, seeds, code, libraries, machine, time."""
+    """How it was made: the command, the config as resolved, seeds, code, libraries, machine, time.
+
+    `seconds` is what this command took, `worked` what all stages and evaluations took when they were done.
+    """
 
     path: str = ""
     command: str = ""
@@ -112,6 +120,7 @@ class Run(Noun):
     machine: str = ""
     started: str = ""
     seconds: float | None = None
+    worked: float | None = None
 
 
 class ReportData(Noun):

@@ -20,6 +20,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "preference.style_ok": ("House style", "Of the answers judged for style, those that keep the tenant's."),
     "preference.score": ("Mean score", "The verifier's score, averaged over all tasks that were judged."),
     "preference.win_rate": ("Win rate", "Against the phase before, task by task: wins plus half the ties, by the verifier's score."),
+    "preference.reward_model": ("Reward model's score", "What the reward model of the pairs gives the answers, on average: a learned judge's word, on the side of the targets, and never a reason to release."),
     "tools.precision": ("Tool precision", "Of the tool calls made, those that match an expected call in name and arguments."),
     "tools.recall": ("Tool recall", "Of the tool calls expected, those that were made."),
     "tools.argument_validity": ("Argument validity", "Of the tasks with calls, those in which every call's arguments pass the tool's JSON Schema."),
@@ -66,6 +67,10 @@ TERMS = {
     "target, guardrail": (
         "A target is what a phase aims at; a guardrail is what it must not harm. A phase that moves its target by harming a "
         "guardrail has been gamed, or has drifted."
+    ),
+    "reward model": (
+        "A judge learned from the same pairs as the policy. It stands beside the targets, the verifiers beside it: a phase whose "
+        "reward rises while no verifier sees it better has gamed its judge, or drifted."
     ),
     "dev, sealed": (
         "Dev tasks are measured after every phase, and choices were made by them. The sealed tasks differ by company, entity and "

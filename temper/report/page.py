@@ -13,6 +13,7 @@ from markupsafe import Markup
 from temper.report import plots, talks, view
 from temper.report.data import ReportData
 from temper.report.glossary import METRICS, TERMS, label
+from temper.report.probes import probes
 from temper.report.words import duration, gain_text, whole_text
 
 TEMPLATES = ("page.html.j2", "parts.html.j2", "style.css.j2")
@@ -44,7 +45,7 @@ def context(data: ReportData) -> dict[str, Any]:
     phases = [
         {
             "phase": phase, "account": view.account(phase, by_name[phase.name]), "seconds": view.seconds(phase),
-            "facts": view.facts(phase.stages), "forest": Markup(plots.forest(phase)),
+            "facts": view.facts(phase.stages), "probes": probes(phase, by_name[phase.name].before), "forest": Markup(plots.forest(phase)),
             "curves": [(stages, Markup(svg)) for stages in view.alike(phase.stages) if (svg := plots.curves(stages))],
         }
         for phase in data.phases

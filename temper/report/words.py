@@ -26,7 +26,7 @@ def number(value: float, unit: str) -> str:
         return f"{value * 1000:.0f} ms" if abs(value) < 1 else f"{value:.2f} s"
     if unit.endswith(" a task"):
         return f"{value * 1000:.3f} {unit.removesuffix(' a task')}"
-    if unit in ("score", ""):
+    if unit in ("score", "reward", ""):
         return f"{value:.2f}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
 

@@ -283,6 +283,27 @@ def test_each_outcome_is_named(targets, guardrails, named):
     assert diagnose([change(s) for s in targets], [change(s) for s in guardrails]) == named
 
 
+@pytest.mark.parametrize(
+    ("target", "guardrail", "proxy", "named"),
+    [
+        ("better", "unchanged", "better", "real improvement"),
+        ("better", "unchanged", "unchanged", "real improvement"),
+        ("unchanged", "unchanged", "better", "reward gaming or drift"),  # only the judge saw it better
+        ("unchanged", "worse", "better", "reward gaming or drift"),
+        ("unknown", "worse", "better", "reward gaming or drift"),
+        ("unknown", "unchanged", "better", "cannot tell"),
+        ("better", "unchanged", "worse", "cannot tell"),  # verifier and judge contradict each other
+        ("better", "unchanged", "unknown", "cannot tell"),
+        ("unchanged", "unchanged", "unchanged", "pointless drift"),
+        ("unchanged", "unchanged", "worse", "regression"),
+        ("worse", "unchanged", "better", "regression"),
+        ("unchanged", "unchanged", "unknown", "cannot tell"),
+    ],
+)
+def test_a_reward_model_stands_beside_the_targets_and_never_suffices(target, guardrail, proxy, named):
+    assert diagnose([change(target)], [change(guardrail)], [change(proxy)]) == named
+
+
 def test_changes_need_the_whole_interval_and_allow_a_tolerance():
     before = report(instruction={"task_success": of(passes(15, 60))}, safety={"over_refusal": of(passes(0, 60), better="lower")})
     after = report(instruction={"task_success": of(passes(45, 60))}, safety={"over_refusal": of(passes(20, 60), better="lower")})

@@ -11,6 +11,7 @@ from temper.core.reports import Finding, Measure, Report, Verdict
 from temper.core.stats import rate_interval
 from temper.report import Diagnosis, Judgement, Manifested, Phase, ReportData, Run, Served, Shift, StageLog, build, plots, talks, view
 from temper.report.glossary import METRICS, label
+from temper.report.probes import probes
 from temper.report.words import ABSENT, duration, gain_text, interval_text, number, step_of, value_text, whole_text
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=y> & $\\frac{1}{2}$ {{ 7*7 }}"
@@ -311,5 +312,56 @@ def test_every_metric_of_the_suite_has_its_meaning():
     from temper.evaluate.metrics import QUANTILES, QUANTITIES, RATES
 
     known = {f"{dimension}.{name}" for dimension, names in RATES.items() for name in names}
-    known |= {f"runtime.{name}" for name in (*QUANTITIES, *QUANTILES, "latency", "cost")} | {"preference.score", "preference.win_rate"}
+    known |= {f"runtime.{name}" for name in (*QUANTITIES, *QUANTILES, "latency", "cost")} | {"preference.score", "preference.win_rate", "preference.reward_model"}
     assert known == set(METRICS)
+
+
+def rl_stage(**series: list[float]) -> StageLog:
+    steps = len(next(iter(series.values())))
+    return StageLog(name="rl", kind="rl", metrics=tuple({"step": at + 1} | {name: values[at] for name, values in series.items()} for at in range(steps)))
+
+
+def test_probes_of_reinforcement_learning_are_a_table_with_words():
+    clean = rl_stage(reward=[0.25, 0.5], length=[100, 110], unearned_reward=[0.0, 0.0], probe_empty=[0.0, 0.0], probe_constant=[0.0, 0.0], cut_turns=[0.0, 0.1])
+    (found,) = probes(Phase(name="rl", report=report("rl", 0.9), stages=(clean,)), None)
+    by_name = {row.name: row for row in found.rows}
+    assert (by_name["Reward"].first, by_name["Reward"].last, by_name["Reward"].measured) == ("0.25", "0.50", "2 of 2 steps")
+    assert "earned nothing" in found.words[0]
+    assert "followed the procedure" in found.words[1]
+    assert "100 to 110 tokens (+10%)" in found.words[2]
+
+
+def test_a_reward_that_can_be_gamed_is_named():
+    gamed = rl_stage(reward=[0.5, 1.0], length=[10, 30], unearned_reward=[0.2, 0.6], probe_empty=[0.0, 0.0], probe_constant=[0.4, 0.1])
+    (found,) = probes(Phase(name="rl", report=report("rl", 0.9), stages=(gamed,)), None)
+    assert "a constant answer up to 0.40" in found.words[0]
+    assert "60.0%" in found.words[1]
+    assert "+200%" in found.words[2]
+
+
+def test_no_reward_and_no_probe_are_said_and_not_taken_for_clean():
+    (found,) = probes(Phase(name="rl", report=report("rl", 0.9), stages=(rl_stage(reward=[0.0, 0.0], length=[10, 10]),)), None)
+    assert found.words[0] == "Reward hacking was not probed."
+    assert "No episode earned a reward" in found.words[1]
+
+
+def test_growth_of_length_on_dev_has_its_interval():
+    def lengths(base: float) -> dict:
+        cases = {case: base + place % 3 for place, case in enumerate(CASES)}
+        return {"runtime": {"sampled_length": Measure(value=base + 1, count=40, unit="tokens", better="lower", cases=cases, clusters=CLUSTERS)}}
+
+    before, after = (report(name, 0.5).model_copy(update={"dimensions": lengths(base)}) for name, base in (("tools", 9.0), ("rl", 19.0)))
+    (found,) = probes(Phase(name="rl", report=after, stages=(rl_stage(reward=[1.0], length=[1.0]),)), before)
+    assert "against tools, tokens a turn changed by +100" in found.words[-1]
+    assert "n = 40" in found.words[-1]
+
+
+def test_the_reward_model_stands_with_the_targets_on_the_page():
+    proxy = Shift(metric="preference.reward_model", status="better", gain=0.8, low=0.5, high=1.1, count=24)
+    diagnosis = Diagnosis(against="base", targets=(), guardrails=(), proxies=(proxy,), judge="It ranks 93.0% of 120 rightly.", outcome="reward gaming or drift")
+    data, scored = whole(), Measure(value=0.3, count=24, unit="reward")
+    judged = data.phases[1].report.model_copy(update={"dimensions": {"preference": {"reward_model": scored}}})
+    page = build(data.model_copy(update={"phases": (data.phases[0], data.phases[1].model_copy(update={"diagnosis": diagnosis, "report": judged}))}))
+    assert "reward model, beside the targets" in page
+    assert "It ranks 93.0% of 120 rightly." in page
+    assert "+0.80 (+0.50 to +1.10)" in page
