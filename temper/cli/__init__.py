@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 
@@ -65,7 +66,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "temper":
         package = error.name.partition(".")[0]
         return f"this command needs the package {package!r}, which is not installed\n  do:  pip install -c constraints.txt {package}"
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+    if any(getattr(error, "errno", None) == number or os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         return (
             f"the disk is full\n  why: {error}\n  do:  free some space and run the same command again; it goes on from the last checkpoint"
         )

@@ -19,7 +19,8 @@ from temper.core.hashing import canonical_json, hash_folder, hash_value
 
 FILES = "FILES.json"  # the last file written into a folder: the hash of every other one
 
-FULL = "No space left on device"  # how libraries with exceptions of their own (safetensors) put ENOSPC
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, a quota reached, a file's size limit reached
+FULL = tuple(os.strerror(number) for number in NO_ROOM)  # how libraries with exceptions of their own (safetensors) put them
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -31,11 +32,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and FULL in str(error)):
+        if number in NO_ROOM or (number is None and any(words in str(error) for words in FULL)):
             free = shutil.disk_usage(path.parent if path.parent.exists() else Path("/")).free
             raise StorageError(
                 f"no space left while writing {path}",
-                why=f"{free} bytes are free",
+                why=f"{error}; {free} bytes are free",
                 do="free some space and run the same command again; it goes on from the last checkpoint",
             ) from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
