@@ -36,7 +36,18 @@ def evaluate(
         return
     rows = [(name, *figure_row(item)) for name, item in result["figures"].items()]
     print_table(f"{cfg.name} on {cfg.split}", ("metric", "value", "95% interval", "cases"), rows)
+    print(solved(result["figures"]))
     print(f"written: {result['report']}")
+
+
+def solved(figures: dict[str, dict[str, Any]]) -> str:
+    """Task success in a sentence; a score near zero is said as plainly as any other."""
+    success = figures.get("instruction.task_success")
+    if success is None or success["value"] is None:
+        return "task success was not measured"
+    done, count = round(success["value"] * success["count"]), success["count"]
+    ends = "" if success["low"] is None else f"; 95% interval {success['low']:.1%} to {success['high']:.1%}"
+    return f"{done or 'none'} of {count} tasks solved{ends}"
 
 
 def figure_row(figure: dict[str, Any]) -> tuple[str, str, str]:
@@ -56,7 +67,7 @@ def run_evaluation(cfg: Any) -> dict[str, Any]:
     from temper.evaluate.run import run
     from temper.rollout.engine import Engine
 
-    environment = load_environment(cfg.environment)
+    environment = load_environment(cfg.environment, **cfg.environment_options)
     engine = Engine.load(cfg.model, precision=cfg.precision, device=cfg.device)
     for tenant, folder in cfg.adapters.items():
         engine.policy.load_adapter(tenant, folder)
@@ -70,7 +81,7 @@ def plan_evaluation(cfg: Any) -> dict[str, Any]:
     from temper.environments import load_environment
     from temper.evaluate.suite import pick_tasks
 
-    tasks = pick_tasks(load_environment(cfg.environment), cfg.split, cfg.limit)
+    tasks = pick_tasks(load_environment(cfg.environment, **cfg.environment_options), cfg.split, cfg.limit)
     turns = sum(task.max_turns * task.max_tokens for task in tasks)
     plan = {"tasks": len(tasks), "by_slice": dict(sorted(Counter(task.slice for task in tasks).items())), "sampled_tokens_at_most": turns}
     return {"config": cfg.model_dump(mode="json"), "plan": plan}

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Config(CoreConfig):
     """What `temper evaluate` reads.
 
-    `model`: a checkpoint folder or hub name. `environment`: a name, or a dotted name that is imported.
+    `model`: a checkpoint folder or hub name. `environment`: a name, or a dotted name that is imported;
+    `environment_options` are keywords for its factory.
     `adapters`: tenant -> adapter folder; a task of that tenant is answered through it. `limit`: tasks a slice.
     `out`: the folder for report.json and records.jsonl. `previous`: the report.json that the win rate is
     against. `ledger`: where looks at the sealed split are recorded.
@@ -32,6 +33,7 @@ class Config(CoreConfig):
     name: str
     model: str
     environment: str = "finops"
+    environment_options: dict[str, Any] = Field(default_factory=dict)
     split: Split = "dev"
     constrained: bool = False
     limit: int | None = Field(default=None, ge=1)

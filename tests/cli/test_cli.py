@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import temper.cli as cli
+from temper.cli import judge
 from temper.cli.run import run_file
 from temper.core.errors import ConfigError, DataError
 from temper.core.reports import Measure, Report
@@ -248,3 +249,27 @@ def test_serve_takes_keys_without_a_file(temper, tmp_path):
 def test_python_dash_m_is_the_same_program():
     done = subprocess.run([sys.executable, "-m", "temper.cli", "data", "formats"], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "sharegpt" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("success", "said"),
+    [
+        ({"value": 0.0, "count": 100, "low": 0.0, "high": 0.037}, "none of 100 tasks solved; 95% interval 0.0% to 3.7%"),
+        ({"value": 0.25, "count": 8, "low": 0.07, "high": 0.59}, "2 of 8 tasks solved; 95% interval 7.0% to 59.0%"),
+        ({"value": None, "count": 0, "low": None, "high": None}, "not measured"),
+    ],
+)
+def test_an_evaluation_says_how_many_tasks_were_solved(success, said):
+    assert said in judge.solved({"instruction.task_success": success})
+
+
+def test_an_evaluation_reads_an_environment_from_where_it_is_told(temper, tmp_path):
+    problem = {"question": "Two and one?", "answer": "2+1=3\n#### 3"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(problem) + "\n")
+    config = "configs/gsm8k/evaluate.yaml"
+    code, out, err = temper("run", ROOT / config, f"environment_options.folder={tmp_path}", "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["plan"]["tasks"] == 1
+    code, _, err = temper("run", ROOT / config, f"environment_options.folder={tmp_path / 'nowhere'}", "--dry-run")
+    assert code == 2
+    assert "test.jsonl does not exist" in err
