@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from temper.core.hashing import hash_text, stream_seed
 from temper.core.progress import track
 from temper.core.storage import whole_folder
+from temper.data.golden import write_card
 from temper.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from temper.environments.finops.corpus import COPYING, DRILLED, WRITERS, Writer, documents
 from temper.environments.finops.demonstrations import sample_formats
@@ -209,6 +210,7 @@ def main() -> None:
     with whole_folder(options.out) as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_card(tokenizer, folder)
         (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 
