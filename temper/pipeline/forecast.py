@@ -100,26 +100,24 @@ def estimate(step: Step, steps: list[Step], scratch: Path) -> dict[str, Any]:
     if data and not (Path(data) / "manifest.json").is_file():
         sampled = sample_of(Path(data), steps, scratch)
     if sampled:
-        changed["data"] = str(sampled.folder)
+        changed |= {"data": str(sampled.folder), "steps": None, "epochs": 1.0}  # each sampled row once, to be scaled
         most = "at most " if sampled.at_most else ""
         notes.append(f"from {sampled.taken} rows, scaled to the {most}{sampled.planned} that are planned")
-    config = step.config.model_copy(update=changed)
-    found = step.module.estimate(config).model_dump(mode="json")
+    found = step.module.estimate(step.config.model_copy(update=changed)).model_dump(mode="json")
     if sampled:
-        found |= scaled(found, sampled, config)
+        found |= scaled(found, sampled, step.config)
     return found | {"seconds_from": "; ".join([found["seconds_from"], *notes])}
 
 
 def scaled(found: dict[str, Any], sampled: Sampled, config: Any) -> dict[str, Any]:
-    """The figures of the sample at the size of the plan. A fixed number of steps costs the same whatever the rows."""
-    if config.steps is not None:
-        return {"rows": sampled.planned}
-    times = sampled.planned / sampled.taken
-    tokens = found["tokens"] * times
+    """The figures of one pass over the sample at the size of the plan: its rows, its passes or its fixed number of steps."""
+    tokens_of_pass = found["tokens"] * sampled.planned / sampled.taken
     rows_a_step = getattr(config, "pairs_per_step", None)
-    steps = math.ceil(sampled.planned * config.epochs / rows_a_step) if rows_a_step else round(tokens / config.tokens_per_step)
+    steps_of_pass = math.ceil(sampled.planned / rows_a_step) if rows_a_step else max(1, round(tokens_of_pass / config.tokens_per_step))
+    steps = config.steps or max(1, round(steps_of_pass * config.epochs))
+    times = tokens_of_pass * steps / steps_of_pass / found["tokens"]
     return {
-        "rows": sampled.planned, "tokens": round(tokens), "supervised": round(found["supervised"] * times), "steps": max(1, steps),
+        "rows": sampled.planned, "tokens": round(found["tokens"] * times), "supervised": round(found["supervised"] * times), "steps": steps,
         "seconds": round(found["seconds"] * times, 1),
     }  # fmt: skip
 

@@ -61,7 +61,7 @@ def judge_words(judged: Judged) -> str:
         low, high = f"{found.low:.0%}", f"{found.high:.0%}"
         told = f"It ranks {found.value:.1%} of {found.count} held-out pairs rightly ({low} to {high})"
         told += "." if judged.trusted else ", which a coin could do: its word is no evidence."
-    sides = [f"{side.value:+.2f} ({side.count})" if side.value is not None else "not measured" for side in (judged.before, judged.after)]
+    sides = [f"{side.value:+.2f} (n = {side.count})" if side.value is not None else "not measured" for side in (judged.before, judged.after)]
     return f"{told} Mean reward of the answers ({kinds}): {sides[0]} before, {sides[1]} after."
 
 

@@ -13,7 +13,7 @@ from temper.report.svg import ACCENT, BAD, GOOD, INK, MUTED, RULE, SECOND, figur
 
 COLUMNS = 4
 SHOWN_FIRST = ("reward", "solved", "loss", "accuracy", "margin", "length", "entropy", "kl", "grad_norm")
-NOT_DRAWN = ("step", "dev_loss", "lr", "tokens", "supervised", "tokens_per_s", "limit_share", "step_s", "sample_s", "version", "seconds", "rows")
+NOT_DRAWN = ("step", "dev_loss", "lr", "tokens", "supervised", "tokens_per_s", "limit_share", "step_s", "sample_s", "version", "seconds", "rows", "positions")
 SMOOTHED_FROM = 24  # points: a longer curve gets its moving average
 
 
@@ -152,6 +152,7 @@ def curves(stages: Sequence[StageLog]) -> str:
                 curve(axis, *series(stage, name), colour=colour, named=stage.name)
                 if name == "loss" and has_dev(stages):
                     axis.plot(*series(stage, "dev_loss"), "D", color=colour, markersize=4.5, markerfacecolor="none")
+            axis.locator_params(axis="x", integer=True)
             axis.set_title(name.replace("_", " ") + (" (◇ on dev)" if name == "loss" and has_dev(stages) else ""))
         for axis in axes[0][len(names) :]:
             axis.set_axis_off()
@@ -192,8 +193,12 @@ def drawn_series(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         near = [place for place, telling in enumerate(SHOWN_FIRST) if telling in name]
         return (SHOWN_FIRST.index(name) if name in SHOWN_FIRST else min(near, default=len(SHOWN_FIRST)), name)
 
-    moving = [name for name in names if len({row[name] for row in rows if is_number(row.get(name))}) > 1 or len(rows) == 1]
-    return sorted(moving, key=rank)[:COLUMNS]
+    columns = {name: tuple(row[name] for row in rows if is_number(row.get(name))) for name in names}
+    moving = [name for name, values in columns.items() if len(set(values)) > 1 or len(rows) == 1]
+    told: dict[tuple[float, ...], str] = {}
+    for name in sorted(moving, key=rank):
+        told.setdefault(columns[name], name)  # what equals a series that is drawn already (nll, where it is the loss) is drawn once
+    return list(told.values())[:COLUMNS]
 
 
 def is_number(value: Any) -> bool:

@@ -86,7 +86,8 @@ def hacking_words(stage: StageLog) -> str:
     highest = {FIGURES[name][0].removeprefix("Reward of "): max(values) for name in HACKING if (values := series(stage, name))}
     if not highest:
         return "Reward hacking was not probed."
-    tried = f"{listed(list(highest))} were judged in {max(len(series(stage, name)) for name in HACKING)} probes"
+    times = max(len(series(stage, name)) for name in HACKING)
+    tried = f"{listed(list(highest))} were judged in {times} probe{'s' if times > 1 else ''}"
     paid = {name: value for name, value in highest.items() if value > 0}
     if not paid:
         return f"{tried.capitalize()} and earned nothing: no way to the reward that passes by the task was found."

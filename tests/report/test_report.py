@@ -365,3 +365,8 @@ def test_the_reward_model_stands_with_the_targets_on_the_page():
     assert "reward model, beside the targets" in page
     assert "It ranks 93.0% of 120 rightly." in page
     assert "+0.80 (+0.50 to +1.10)" in page
+
+
+def test_a_series_that_repeats_another_and_bookkeeping_are_not_drawn():
+    rows = [{"step": step, "loss": 1 / step, "nll": 1 / step, "positions": 8000 + step, "grad_norm": float(step)} for step in (1, 2, 3)]
+    assert plots.drawn_series(rows) == ["loss", "grad_norm"]
