@@ -17,6 +17,7 @@ from pydantic import Field
 from temper.core.progress import track
 from temper.core.records import Record
 from temper.data.batch import Batch, collate
+from temper.data.inspect import counts
 from temper.data.layout import Kind
 from temper.data.sequence import Sequence
 from temper.policy.losses import LossOut
@@ -82,7 +83,7 @@ def run(cfg: Config) -> dict[str, Any]:
             metrics["dev_loss"] = mean_loss(policy, dev, cfg)
         folder.log(learner.step, rounded(metrics))
         keep(folder, learner, cfg)
-    return folder.finish(save_trained(folder, policy, cfg) | {"rows": len(rows), "steps": len(plan), "metrics": rounded(metrics)}, started)
+    return folder.finish(save_trained(folder, policy, cfg) | {"rows": len(rows), "data": counts(rows).model_dump(), "steps": len(plan), "metrics": rounded(metrics)}, started)
 
 
 def inputs(cfg: Config) -> dict[str, str]:

@@ -23,7 +23,7 @@ SHAPES = {
     "lookup": "tool", "followup": "multi_turn", "json_summary": "instruction", "policy_qa": "tool", "discrepancy": "tool",
     "risky": "safety", "safe_lookalike": "safety", "constrained_request": "safety",
 }  # fmt: skip
-SFT_MIX = {"lookup": 5, "followup": 3, "json_summary": 5, "risky": 2, "safe_lookalike": 2}
+SFT_MIX = {"lookup": 5, "followup": 2, "json_summary": 6, "risky": 2, "safe_lookalike": 2}
 TOOLS_MIX = {
     "lookup": 3,
     "followup": 1,
@@ -32,7 +32,7 @@ TOOLS_MIX = {
     "constrained_request": 2,
     "risky": 2,
     "json_summary": 1,
-    "discrepancy": 1,
+    "discrepancy": 2,
 }
 DEMONSTRATED_KINDS = ("bank_fee", "interest", "deposit")  # the demonstrations show half of the discrepancies; RL meets them all
 SHARE_WITH_ALTERNATIVE = 0.3  # everyday refusals rarely say what can be done instead: the failure that preference alignment mends

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from temper.environments.finops.names import QUARTERS
-from temper.environments.finops.wording import Phrases
+from temper.environments.finops.wording import SHARE_COMPOSED, Phrases
 from temper.environments.finops.world import Company
 
 INTEGER, STRING = {"type": "integer"}, {"type": "string"}
@@ -67,6 +67,28 @@ SENTENCES: dict[str, Phrases] = {
     },
 }
 
+# In train most of the sentences are put together from what each key may sound like, in any order.
+FRAGMENTS: dict[str, tuple[str, ...]] = {
+    "invoice": ("invoice {}", "{}", "number {}", "see {}"), "vendor": ("from {}", "{}", "vendor {}", "sent by {}", "of {}"),
+    "amount": ("for {} USD", "{} USD", "over {} USD", "it asks for {} USD", "the amount is {} USD"),
+    "due": ("due {}", "due on {}", "payable by {}", "until {}", "by {}", "to be paid on {}"), "status": ("{}", "status {}", "which is {}", "now {}"),
+    "department": ("{}", "department {}", "the {} team", "of {}"), "quarter": ("in {}", "{}", "for {}", "at the end of {}", "during {}"),
+    "budget": ("a budget of {} USD", "budget {} USD", "{} USD budgeted", "may use {} USD", "the limit is {} USD"),
+    "spent": ("spent {} USD", "{} USD spent", "{} USD is gone", "used {} USD", "{} USD went out", "spend of {} USD"),
+    "reference": ("under {}", "{}", "reference {}", "see {}", "filed as {}"), "customer": ("customer {}", "{} owes", "owed by {}", "from {}", "{}"),
+    "account": ("account {}", "{}", "on {}", "the {} account"), "balance": ("{} USD", "balance {} USD", "holds {} USD", "{} USD in the ledger"),
+}  # fmt: skip
+LEADS = ("", "", "Note: ", "We have ", "This came in: ", "For the file: ", "Please see: ")
+
+
+def composed(rng: random.Random, values: dict[str, Any]) -> str:
+    """A sentence of fragments in any order."""
+    parts = [rng.choice(FRAGMENTS[key]).format(value) for key, value in rng.sample(list(values.items()), len(values))]
+    mark = rng.choice((", ", "; ", " and ", ", ", " - "))
+    text = rng.choice(LEADS) + mark.join(parts) + "."
+    return text[0].upper() + text[1:]
+
+
 REQUESTS: Phrases = {
     "train": (
         "Return JSON with the keys {k}. {t}",
@@ -103,10 +125,11 @@ def summary(rng: random.Random, c: Company) -> tuple[str, dict[str, Any], dict[s
     """A request, the fields that answer it, and the schema of each; keys in any order, and not always all of them."""
     kind, sentence = rng.choice([(kind, sentence) for kind, phrases in SENTENCES.items() for sentence in phrases[c.split]])
     values = facts(rng, c, kind)
+    text = composed(rng, values) if c.split == "train" and rng.random() < SHARE_COMPOSED else sentence.format(**values)
     keys = list(values)
     if rng.random() < 0.5:
         rng.shuffle(keys)
     if rng.random() < 0.3:
         keys = keys[:-1]
-    request = rng.choice(REQUESTS[c.split]).format(k=", ".join(keys), t=sentence.format(**values))
+    request = rng.choice(REQUESTS[c.split]).format(k=", ".join(keys), t=text)
     return request, {key: values[key] for key in keys}, {key: FIELDS[kind][key] for key in keys}

@@ -114,7 +114,7 @@ def payable_lookup(rng: random.Random, c: Company) -> Draft:
     )  # fmt: skip
 
 
-LOOKUPS = (budget_lookup, budget_lookup, spend_lookup, spend_lookup, remaining_lookup, balance_lookup, payable_lookup)
+LOOKUPS = (budget_lookup, budget_lookup, spend_lookup, spend_lookup, remaining_lookup, remaining_lookup, balance_lookup, payable_lookup)
 
 
 def lookup(rng: random.Random, c: Company) -> Draft:
