@@ -78,8 +78,7 @@ def run(cfg: Config) -> dict[str, Any]:
     reference, kept = reference_of(policy, cfg), Path(cfg.reference_cache or folder.path)
     answers = answers_of(load_records(cfg.data)[1], policy.template, cfg)
     foils = mismatched(answers, cfg)
-    answers = with_reference(answers, reference, kept, partial(score, answers, reference, cfg))
-    foils = with_reference(foils, reference, kept, partial(score, foils, reference, cfg))
+    answers, foils = (with_reference(some, reference, kept, lambda asked: score(asked, reference, cfg)) for some in (answers, foils))
     plan = plan_answers(answers, policy, cfg)
     learner = Learner(policy, cfg.optim, len(plan), seed=cfg.seed)
     metrics: dict[str, Any] = {}

@@ -202,7 +202,7 @@ def with_reference(pairs: list[Pair], policy: Policy, cfg: Config, run: RunDirec
         return pairs
     reference = reference_of(policy, cfg)
     kept = Path(cfg.reference_cache or run.path)
-    rows = reference_logprobs([row for pair in pairs for row in pair], reference, kept, lambda: score(pairs, reference, cfg))
+    rows = reference_logprobs([row for pair in pairs for row in pair], reference, kept, lambda asked: score(list(zip(asked[0::2], asked[1::2], strict=True)), reference, cfg))
     return list(zip(rows[0::2], rows[1::2], strict=True))
 
 

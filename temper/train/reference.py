@@ -20,21 +20,24 @@ from temper.policy.model import Policy
 from temper.train import parallel
 
 
-def with_reference(rows: Rows[Sequence], reference: Policy, folder: Path, score: Callable[[], list[Tensor]]) -> list[Sequence]:
+def with_reference(rows: Rows[Sequence], reference: Policy, folder: Path, score: Callable[[list[Sequence]], list[Tensor]]) -> list[Sequence]:
     """`rows` with the reference's log-prob of every token, from `folder` where they are there for this very key.
 
-    `score()` gives them, one tensor a row in order; it is called only where they are not. Raises ConfigError where the
+    `score(asked)` gives them, one tensor a row in order; it is called only where they are not. A reference that is another
+    checkpoint has no adapter under training: it is asked through its weights alone. Raises ConfigError where the
     reference is a policy that has been trained since it was loaded: what it says changes from step to step.
     """
     if reference.version:
         raise ConfigError(f"the reference has moved: {reference.version} updates since it was loaded", why="its log-probs are kept for the whole run",
                           do="score before training begins, or score a moving reference batch by batch")  # fmt: skip
-    key = cache_key(rows, reference)
+    there = set(reference.adapters())
+    asked = [row if row.adapter in there else dataclasses.replace(row, adapter=None) for row in rows]
+    key = cache_key(asked, reference)
     path = folder / f"reference-{key[:16]}.safetensors"
     with parallel.rank_zero_first():
         flat_N = read(path, key)
         if flat_N is None:
-            flat_N = torch.cat(score()).contiguous()
+            flat_N = torch.cat(score(asked)).contiguous()
             write_bytes(path, save({"logprobs": flat_N}, metadata={"key": key}))
     values, at, found = flat_N.tolist(), 0, []
     for row in rows:

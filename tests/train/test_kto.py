@@ -100,6 +100,13 @@ def test_at_the_start_every_answer_costs_a_half(base, data, tmp_path) -> None:
     assert kto.run(config(out=str(tmp_path / "kto"), base=base, data=data, epochs=3, beta=0.5, **FAST)) == json.loads(json.dumps(result))
 
 
+def test_another_checkpoint_is_the_reference_of_an_adapter_by_its_weights_alone(base, data, tmp_path) -> None:
+    kto.run(kto.Config(out=str(tmp_path / "kto"), base=base, data=data, reference=base, lora={"rank": 4}, steps=1, **FAST))
+    line = json.loads((tmp_path / "kto" / "metrics.jsonl").read_text())
+    assert line["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert line["reference_point"] == pytest.approx(0.0, abs=1e-4)
+
+
 def test_rewards_are_per_good_and_per_bad_answer() -> None:
     """Of four answers one is good: 0.25 of reward an answer is 1 a good one; none bad: not measured."""
     assert kto.by_kind({"good": 0.25, "reward_good": 0.25, "reward_bad": 1.5})["reward_good"] == 1.0

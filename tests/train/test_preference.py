@@ -137,6 +137,15 @@ def test_the_reference_is_the_starting_adapter_and_not_the_base(base, data) -> N
     assert len(keys) == 3
 
 
+def test_another_checkpoint_is_the_reference_of_an_adapter_by_its_weights_alone(base, data, tmp_path) -> None:
+    """The reference has no adapter of that name. Of the base itself it is what the fresh adapter starts from: the loss is log 2."""
+    cfg = preference.Config(out=str(tmp_path / "dpo"), base=base, data=data, reference=base, lora=LoraConfig(rank=4), steps=1, **FAST)
+    preference.run(cfg)
+    (line,) = log_of(tmp_path / "dpo")
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert line["chosen_drift"] == pytest.approx(0.0, abs=1e-4)
+
+
 @pytest.mark.parametrize("loss", preference.LOSSES)
 def test_the_cut_into_micro_batches_changes_no_gradient(base, data, loss) -> None:
     policy = Policy.load(base, precision="float32")
