@@ -232,9 +232,9 @@ def on_rank_zero(model: Any) -> Iterator[bool]:
 
 
 def spread_like(values: Tensor, weight: Tensor) -> Tensor:
-    """This rank's shard of `values`, laid out as `weight` is; `values` itself where `weight` is not sharded."""
+    """This rank's shard of `values`, laid out as `weight` is; all of them, on its device, where `weight` is not sharded."""
     if not hasattr(weight, "placements"):
-        return values
+        return values.to(weight.device)
     from torch.distributed.tensor import distribute_tensor
 
     sharded_weight: Any = weight

@@ -15,6 +15,7 @@ from temper.policy import hardware
 from temper.policy.adapters import LoraConfig
 from temper.policy.losses import LossOut
 from temper.policy.model import Policy
+from temper.train import checkpoint
 from temper.train.cost import Cost, kept_bytes
 from temper.train.learner import DivergedError, Learner, OptimConfig, decay_groups, rows
 from temper.train.stage import StageConfig, load_policy
@@ -165,6 +166,18 @@ def test_a_loaded_checkpoint_goes_on_to_the_bit(base, examples, tmp_path, adapte
     for name, weight in first.parameters.items():
         assert torch.equal(weight, second.parameters[name]), name
     assert first.stream("rows").random() == second.stream("rows").random()
+
+
+def test_moments_come_back_to_where_their_weights_are(policy, examples, tmp_path) -> None:
+    """Files are read on the CPU. Weights on another device (here one without memory) have all their moments there."""
+    learner = Learner(policy, OptimConfig(), 5)
+    learner.forward_backward([collate(examples[:2], 0)], policy.cross_entropy)
+    learner.optim_step()
+    learner.save(tmp_path)
+    elsewhere = {name: torch.nn.Parameter(weight.detach().to("meta")) for name, weight in learner.parameters.items()}
+    _, moments = checkpoint.read(tmp_path, elsewhere, 5)
+    assert {name.rpartition("|")[2] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
+    assert {value.device.type for value in moments.values()} == {"meta"}
 
 
 def test_a_checkpoint_of_another_run_is_refused(base, policy, tmp_path) -> None:
