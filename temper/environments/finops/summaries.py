@@ -127,9 +127,9 @@ def summary(rng: random.Random, c: Company) -> tuple[str, dict[str, Any], dict[s
     values = facts(rng, c, kind)
     text = composed(rng, values) if c.split == "train" and rng.random() < SHARE_COMPOSED else sentence.format(**values)
     keys = list(values)
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         rng.shuffle(keys)
-    if rng.random() < 0.3:
-        keys = keys[:-1]
+    if rng.random() < 0.5:
+        keys = keys[: rng.randint(2, len(keys))]
     request = rng.choice(REQUESTS[c.split]).format(k=", ".join(keys), t=text)
     return request, {key: values[key] for key in keys}, {key: FIELDS[kind][key] for key in keys}
