@@ -65,7 +65,7 @@ class Config(AdaptableConfig, PairsConfig):
     loss: str = Field("dpo", description="dpo, ipo, simpo or orpo; kto is a stage of its own")
     beta: float = Field(0.1, gt=0, description="how strongly the reference holds; for simpo and orpo the scale of their margin")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs expected to be labelled the wrong way round (dpo)")
-    length_normalised: bool = Field(False, description="compare log-probs per token (dpo)")
+    length_normalised: bool = Field(False, description="compare log-probs per token (dpo, ipo; simpo and orpo always do)")
     gamma: float = Field(0.5, ge=0, description="simpo's target margin, in units of beta")
     sft_mix: float = Field(0.0, ge=0, description="coefficient of the chosen answer's cross-entropy per token (RPO)")
     reference: str = Field("start", description="start: the policy as it starts; none; or the path of a checkpoint")
@@ -146,11 +146,14 @@ def run(cfg: Config) -> dict[str, Any]:
 
 
 def check(cfg: Config) -> None:
-    """Raise ConfigError for a loss that is not there, or one without the reference it needs."""
+    """Raise ConfigError for a loss that is not there, a key it does not read, or one without the reference it needs."""
     if cfg.loss == "kto":
         raise ConfigError("kto learns from single answers, good or bad, and this stage from pairs", do="set `stage: kto`; its data may be the same pairs")
     if cfg.loss not in LOSSES:
         raise ConfigError(f"there is no preference loss {cfg.loss!r}", do=f"set loss to one of {', '.join(LOSSES)}")
+    if cfg.label_smoothing and cfg.loss != "dpo":
+        raise ConfigError(f"label_smoothing is {cfg.label_smoothing}, and loss {cfg.loss!r} has none", why="it would change nothing",
+                          do="leave it out, or use dpo")  # fmt: skip
     if cfg.loss in NEED_REFERENCE and cfg.reference == "none":
         free = ", ".join(sorted(LOSSES.keys() - NEED_REFERENCE))
         raise ConfigError(f"loss {cfg.loss!r} needs reference log-probs, and `reference` is none",

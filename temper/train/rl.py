@@ -56,6 +56,8 @@ class Config(EpisodeConfig):
             raise ValueError(f"advantage {self.advantage} compares the samples of one task, and group is 1: raise it, or use {ACROSS_GROUPS[0]}")
         if self.resample and self.advantage in ACROSS_GROUPS:
             raise ValueError(f"resample replaces groups whose rewards are equal; {self.advantage} learns from them: set resample: 0")
+        if self.resample and self.guidance:
+            raise ValueError("resample replaces groups that all fail, which are what the demonstration is for: set resample: 0")
         if self.guidance != (self.loss == "luffy"):
             raise ValueError("guidance and loss: luffy go together: the demonstration's tokens have no old log-prob that another loss could use")
         return self

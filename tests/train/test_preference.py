@@ -65,6 +65,10 @@ def test_a_reference_is_refused_or_required_by_name(base, data) -> None:
         preference.run(preference.Config(out="o", base=base, data=data, loss="dppo"))
 
 
+    with pytest.raises(ConfigError, match=r"label_smoothing is 0\.1, and loss 'ipo' has none"):
+        preference.run(preference.Config(out="o", base=base, data=data, loss="ipo", label_smoothing=0.1))
+
+
 def test_the_reference_is_the_start_without_dropout_and_computed_once(base, data, tmp_path, monkeypatch) -> None:
     """An adapter with dropout 0.5 that is not the identity: its reference is the adapted policy with dropout off."""
     rows = manifest(tmp_path / "rows", conversations(12))

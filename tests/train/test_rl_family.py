@@ -234,6 +234,7 @@ def test_the_coefficient_is_adapted_and_remembered(sampled) -> None:
         ({"advantage": "reinforce_pp", "resample": 1}, "set resample: 0"),
         ({"guidance": True}, "go together"),
         ({"loss": "luffy"}, "go together"),
+        ({"loss": "luffy", "guidance": True, "resample": 1}, "the demonstration is for"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(keys, word) -> None:
