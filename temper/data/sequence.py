@@ -97,12 +97,14 @@ def episode_sequence(record: Record, advantage: float) -> Sequence:
                 record,
                 f"turn {number} has {len(turn.token_ids)} tokens and {len(turn.logprobs)} log-probs",
                 why="each sampled token needs its own",
+                do="collect the episode again with an engine",
             )
         if (turn.temperature, turn.adapter) != (last.temperature, last.adapter):
             raise fault(
                 record,
                 f"turn {number} was sampled at another temperature or with another adapter than the last",
                 why="one row has one of each",
+                do="sample a whole episode in one way",
             )
         stop = start + len(turn.token_ids)
         weights[start:stop] = [1.0] * (stop - start)

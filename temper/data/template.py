@@ -207,7 +207,8 @@ class Template:
         short gets its end token here, as context: it is not part of what was sampled.
         """
         if not new_messages or any(message.role == "assistant" for message in new_messages):
-            raise DataError("append takes tool results and user turns", why="an assistant turn is sampled, never encoded again")
+            raise DataError("append takes tool results and user turns", why="an assistant turn is sampled, never encoded again",
+                            do="give at least one, and no assistant turn")  # fmt: skip
         calls = tuple(
             ToolCall(name=m.name or "tool", arguments={}, id=m.tool_call_id or f"call-1-{n}")
             for n, m in enumerate(new_messages)

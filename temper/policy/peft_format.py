@@ -39,7 +39,9 @@ def save_adapter(model: nn.Module, head: nn.Module, name: str, folder: Path, *, 
     ranks, scalings = {pair.A.shape[0] for pair in pairs.values()}, {pair.scaling for pair in pairs.values()}
     if len(ranks) != 1 or len(scalings) != 1:
         raise ShapeError(
-            f"adapter {name!r} has ranks {sorted(ranks)} and scalings {sorted(scalings)}", why="one adapter file states one of each"
+            f"adapter {name!r} has ranks {sorted(ranks)} and scalings {sorted(scalings)}",
+            why="one adapter file states one of each",
+            do="merge it into the base, or train it again with one rank",
         )
     rank, scaling = ranks.pop(), scalings.pop()
     state = {

@@ -148,7 +148,8 @@ class Learner:
                                      "supervised": sum(int(batch.mask_B_T.sum()) for batch in mine), "positions": sum(batch.work.positions for batch in mine), "flops": sum(map(self.cost.flops, mine))})  # fmt: skip
             denominator = whole["denominator"]
             if denominator <= 0:
-                raise DataError(f"step {self.step} has nothing to learn from", why=f"its {len(batches)} batches hold no supervised token")
+                raise DataError(f"step {self.step} has nothing to learn from", why=f"its {len(batches)} batches hold no supervised token",
+                                do="leave such rows out, or skip the step")  # fmt: skip
             sums: dict[str, list[Tensor]] = {}
             for number in range(-(-len(batches) // world)):
                 # a rank that runs out of batches goes on gathering weights for the others, with a gradient of zero
