@@ -271,6 +271,19 @@ def test_equal_files_that_no_longer_render_as_they_did_are_refused(tmp_path):
     require_card(template("qwen3").tokenizer, tmp_path / "elsewhere")  # another program's folder has none
 
 
+def test_what_a_refusal_says_may_change_but_not_that_it_is_one(tmp_path):
+    """Another version of temper, or of the template's own words, may put a refusal otherwise: the folder is still a good one."""
+    write_card(template("llama").tokenizer, tmp_path)
+    described = json.loads((tmp_path / PIN).read_text())
+    described["golden"]["parallel calls"]["refused"] = "the same, in other words"
+    (tmp_path / PIN).write_text(json.dumps(described))
+    require_card(template("llama").tokenizer, tmp_path)
+    described["golden"]["single turn"] = {"refused": "it was refused"}
+    (tmp_path / PIN).write_text(json.dumps(described))
+    with pytest.raises(TemplateError, match="'single turn'"):
+        require_card(template("llama").tokenizer, tmp_path)
+
+
 def test_a_tokenizer_without_template_leaves_no_card(tmp_path):
     tokenizer = tiny_tokenizer("llama")
     tokenizer.chat_template = None
