@@ -32,6 +32,7 @@ QUERIES = 64  # of one block; twice as many where it has one row, for which larg
 BLOCK_SCORES = 1 << 20  # float32 scores of one block: 4 MiB
 KEEP_BYTES = 64 << 20  # probabilities kept for the backward by one layer; above this they are formed again
 FORBIDDEN = -1e30
+MORE = ("position_bias", "softcap")  # what a layer may pass that the blocks do not compute
 
 _spans: ContextVar[tuple[Span, ...] | None] = ContextVar("spans", default=None)
 _count: ContextVar[list[int]] = ContextVar("count")
@@ -102,12 +103,12 @@ def attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: [rows, heads, positions, size] in, [rows, positions, heads, size] out.
 
-    What is more than causal attention (another mask, dropout, a position bias) goes to transformers' own.
+    What is more than causal attention (another mask, dropout, a position bias, capped scores) goes to transformers' own.
     """
     seen = attention_mask if isinstance(attention_mask, Seen) else None
     if seen is not None and (count := _count.get(None)) is not None:
         count[0] += 1
-    plain = (seen is not None or attention_mask is None) and not dropout and query.shape[2] == key.shape[2] and options.get("position_bias") is None
+    plain = (seen is not None or attention_mask is None) and not dropout and query.shape[2] == key.shape[2] and all(options.get(name) is None for name in MORE)
     plain = plain and options.get("is_causal") is not False and getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if plain and seen is not None and varlen.can(query, value):

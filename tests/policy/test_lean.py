@@ -35,6 +35,13 @@ def test_blocks_attend_like_the_whole(heads, key_heads, positions, keep, monkeyp
         torch.testing.assert_close(one.grad.double(), other.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_capped_scores_are_not_left_uncapped():
+    """transformers' sdpa refuses what it cannot compute; so do the blocks, in place of computing something else."""
+    (query, key, value), _ = setting(1, 2, 4, 2, 9, 8)
+    with pytest.raises(ValueError, match="softcap"):
+        attention.attention(torch.nn.Module(), query, key, value, None, scaling=0.3, softcap=30.0)
+
+
 def test_what_is_more_than_causal_goes_to_transformers_own():
     (query, key, value), _ = setting(1, 2, 4, 2, 9, 8)
     module = torch.nn.Module()
