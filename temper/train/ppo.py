@@ -138,6 +138,7 @@ def prepare_critic(cfg: Config) -> RewardModel:
     """The model that learns what is to be expected: a reward model, or the base with a head of zeros. Dropout is off."""
     where = {"precision": cfg.precision, "device": cfg.device}
     critic = RewardModel.load(cfg.critic, **where) if cfg.critic else RewardModel(load_policy(cfg))  # type: ignore[arg-type]
+    critic.policy.recompute = cfg.recompute
     critic.model.eval()
     return critic
 

@@ -194,6 +194,13 @@ def test_a_critic_may_start_as_a_reward_model(base, tmp_path) -> None:
     assert log_of(tmp_path / "ppo")[0]["value"] != 0.0
 
 
+def test_a_critic_that_was_a_reward_model_recomputes_as_the_policy_does(base, tmp_path) -> None:
+    RewardModel(Policy.load(base, precision="float32")).save(tmp_path / "judge")
+    for critic in (None, str(tmp_path / "judge")):
+        cfg = ppo.Config(**{"out": "o", "base": base, "recompute": True, "critic": critic, **FAST})
+        assert ppo.prepare_critic(cfg).policy.recompute
+
+
 def test_estimate(base) -> None:
     found = ppo.estimate(ppo.Config(**{"out": "o", "base": base, "steps": 5, **FAST}))
     assert found.steps == 5
