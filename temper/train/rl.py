@@ -150,7 +150,7 @@ def estimate(cfg: Config) -> Estimate:
     few = tasks_of(0, tasks, 2, cfg.seed)
     records_P_G = sample(Engine(policy, max_rows=cfg.max_rows), environment, few, cfg, "estimate")
     sampling = (time.perf_counter() - started) / len(few) * cfg.tasks_per_step
-    rows = [episode_row(record, cfg) for group in records_P_G for record in group]
+    rows = [episode_row(record, cfg) for group in records_P_G for record in group if any(turn.token_ids for turn in record.sampled)]
     per_step = [list(range(len(rows)))] * -(-cfg.tasks_per_step // len(few))
     found = estimate_rows(policy, rows, [per_step] * steps, policy_loss(policy, None, cfg), forwards=int(cfg.kl > 0), kind=policy.kind(cfg.layout))
     return found.model_copy(update={

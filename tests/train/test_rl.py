@@ -16,7 +16,7 @@ from temper.data.batch import collate
 from temper.policy.model import Policy
 from temper.rollout.engine import Engine
 from temper.rollout.episodes import collect
-from temper.train import rl
+from temper.train import ppo, rl
 from temper.train.credit import AGGREGATIONS, credited, policy_loss
 from temper.train.learner import loss_weight
 from temper.train.probes import hacking_probes, summarise
@@ -167,6 +167,13 @@ def test_an_environment_is_named_and_has_tasks(base, monkeypatch, tmp_path) -> N
     monkeypatch.setattr(worlds.SayEnvironment, "tasks", lambda *args: [])
     with pytest.raises(DataError, match="no training task"):
         rl.run(config(base=base, out=str(tmp_path / "o")))
+
+
+@pytest.mark.parametrize("stage", [rl, ppo])
+def test_an_episode_that_never_began_is_left_out_of_an_estimate(base, monkeypatch, stage) -> None:
+    silent = episode(None, 2).model_copy(update={"sampled": ()})
+    monkeypatch.setattr(stage, "sample", lambda *args: [[episode(1.0, 2), silent]])
+    assert stage.estimate(stage.Config(out="o", base=base, steps=5, **FAST)).supervised > 0
 
 
 def test_estimate_samples_and_trains_nothing(base) -> None:
