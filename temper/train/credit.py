@@ -86,6 +86,7 @@ def credited(records_P_G: Sequence[Sequence[Record]], cfg: Config, guides_P: Seq
 
     A guide is judged as one more sample of its group (LUFFY). A group whose rewards are all equal teaches nothing and
     gives no row, unless the advantage compares across groups and some differ; nor does an episode without a reward.
+    Under `constant` the divisor counts the rows of such groups all the same: it must not move with how many agree.
     """
     if cfg.advantage not in ADVANTAGES:
         raise ConfigError(f"there is no advantage {cfg.advantage!r}", do=f"set advantage to one of {', '.join(ADVANTAGES)}")
@@ -93,13 +94,17 @@ def credited(records_P_G: Sequence[Sequence[Record]], cfg: Config, guides_P: Seq
     rewards_P_G = [[*(reward_of(record, cfg) for record in group), *(guide.reward for guide in own)] for group, own in zip(records_P_G, guides, strict=True)]
     credits_P_G = ADVANTAGES[cfg.advantage](rewards_P_G)
     across = cfg.advantage in ACROSS_GROUPS and any(map(any, credits_P_G))
-    found = []
+    found, judged = [], 0
     for group, own, credit in zip(records_P_G, guides, credits_P_G, strict=True):
-        if not any(credit) and not across:  # None or 0 for everyone
-            continue
         pairs = zip(group, credit, strict=False)  # what is left over is the guide's
-        found += [episode_row(record, cfg, advantage) for record, advantage in pairs if advantage is not None and any(turn.token_ids for turn in record.sampled)]
-        found += [shared(credit_row(guide.row, advantage), cfg) for guide, advantage in zip(own, credit[len(group) :], strict=True) if advantage is not None]
+        told = [(record, advantage) for record, advantage in pairs if advantage is not None and any(turn.token_ids for turn in record.sampled)]
+        shown = [(guide.row, advantage) for guide, advantage in zip(own, credit[len(group) :], strict=True) if advantage is not None]
+        judged += len(told) + len(shown)
+        if any(credit) or across:  # else None or 0 for everyone
+            found += [episode_row(record, cfg, advantage) for record, advantage in told]
+            found += [shared(credit_row(row, advantage), cfg) for row, advantage in shown]
+    if cfg.aggregation == "constant":  # the rows left out have no gradient, but stay in the divisor
+        found = [dataclasses.replace(row, weights=[weight * len(found) / judged for weight in row.weights]) for row in found]
     return found
 
 

@@ -69,6 +69,13 @@ def test_aggregations_by_hand() -> None:
     assert shares["constant"] == pytest.approx([1 / 16, 1 / 16])
 
 
+def test_a_constant_divisor_does_not_move_with_how_many_groups_agree() -> None:
+    """Of three groups of two only one differs, and one episode was not judged: the divisor is 5 episodes of L = 8, as in Dr. GRPO."""
+    groups = [[episode(1.0, 2), episode(0.0, 4)], [episode(1.0, 3), episode(1.0, 3)], [episode(None, 3), episode(0.0, 3)]]
+    found = credited(groups, config(aggregation="constant", max_tokens=8))
+    assert [row.weights[-1] / AGGREGATIONS["constant"][1](collate(found, 0)) for row in found] == pytest.approx([1 / 40, 1 / 40])
+
+
 def test_summary_by_hand() -> None:
     memory: dict = {}
     records = [[episode(1.0, 2, procedure=False), episode(0.0, 4, procedure=True)], [episode(0.5, 3, procedure=True), episode(None, 3)]]
