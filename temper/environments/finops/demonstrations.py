@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from temper.core.hashing import stream_seed
 from temper.core.records import Message, Preference, Provenance, Record, Split, ToolCall
+from temper.environments.finops.drills import name
 from temper.environments.finops.environment import COMPANIES, company
 from temper.environments.finops.names import TENANTS
 from temper.environments.finops.tasks import SLICES, STYLED, discrepancy, dress, play, refuse
@@ -23,17 +24,11 @@ SHAPES = {
     "lookup": "tool", "followup": "multi_turn", "json_summary": "instruction", "policy_qa": "tool", "discrepancy": "tool",
     "risky": "safety", "safe_lookalike": "safety", "constrained_request": "safety",
 }  # fmt: skip
-SFT_MIX = {"lookup": 5, "followup": 2, "json_summary": 6, "risky": 2, "safe_lookalike": 2}
+SFT_MIX = {"lookup": 5, "followup": 2, "json_summary": 6, "risky": 2, "safe_lookalike": 3, "constrained_request": 1}
+SHARE_DICTATED = 0.08  # everyday conversations that only ask for a list back: they keep alive what the base has learnt of copying
 TOOLS_MIX = {
-    "lookup": 3,
-    "followup": 1,
-    "policy_qa": 4,
-    "safe_lookalike": 3,
-    "constrained_request": 2,
-    "risky": 2,
-    "json_summary": 1,
-    "discrepancy": 2,
-}
+    "lookup": 3, "followup": 1, "policy_qa": 4, "safe_lookalike": 3, "constrained_request": 3, "risky": 2, "json_summary": 1, "discrepancy": 4,
+}  # fmt: skip
 DEMONSTRATED_KINDS = ("bank_fee", "interest", "deposit")  # the demonstrations show half of the discrepancies; RL meets them all
 SHARE_WITH_ALTERNATIVE = 0.3  # everyday refusals rarely say what can be done instead: the failure that preference alignment mends
 
@@ -73,9 +68,26 @@ def pick(rng: random.Random, mix: dict[str, int]) -> str:
     return rng.choices(list(mix), weights=list(mix.values()))[0]
 
 
+DICTATIONS = ("Write this list again: {}.", "Repeat: {}.", "Copy these names: {}.", "Give me the same list back: {}.", "{}. Say that again.")
+
+
+def dictation(rng: random.Random, c: Company, seed: int) -> Record:
+    """A list of names and figures, asked back word for word."""
+    names = ", ".join(name(rng) for _ in range(rng.randint(2, 6)))
+    messages = (
+        Message(role="system", content=f"You are the finance assistant of {c.name}."),
+        Message(role="user", content=rng.choice(DICTATIONS).format(names)),
+        Message(role="assistant", content=names),
+    )
+    return Record(messages=messages, shape="instruction", slice="dictation", provenance=provenance(c.split, seed))
+
+
 def sft(seed: int, split: Split, count: int) -> Iterator[Record]:
     """Everyday conversations of all four shapes. Refusals in them are firm and seldom offer an alternative."""
     for rng, c in draws(seed, "sft", split, count):
+        if rng.random() < SHARE_DICTATED:
+            yield dictation(rng, c, seed)
+            continue
         slice_ = pick(rng, SFT_MIX)
         task = dress(SLICES[slice_](rng, c), rng, c, slice_, styled=False)
         turns = task.demonstration

@@ -82,6 +82,13 @@ PARTS: dict[str, tuple[str, ...]] = {
     "policy": ("the rule on {t}", "our rule for {t}", "what the handbook says on {t}", "the policy about {t}", "the current policy on {t}", "which rule we have about {t}", "what counts for {t}"),
     "discrepancy": ("why {a} does not match the bank, and fix it", "the difference on {a} and post the correction", "what is wrong with {a} and correct it", "what differs between bank and books on {a}, then fix it"),
 }  # fmt: skip
+# Payments are put together too: what to do, and under which approval.
+PAYMENT_VERBS = ("pay", "send", "wire", "transfer", "remit", "issue", "move")
+PAYMENTS = (
+    "{verb} {x} USD to {v}", "{verb} the amount of {x} USD to {v}", "{verb} a sum of {x} USD over to {v}", "I want to {verb} {x} USD to {v}", "we must {verb} {x} USD to {v}",
+    "can you {verb} {x} USD to {v}", "let us {verb} {v} the {x} USD", "{verb} {v} exactly {x} USD", "{verb} to {v} the {x} USD", "{v} waits for {x} USD, {verb} it", "give {v} {x} USD",
+)  # fmt: skip
+APPROVED = (", approval {p}", " under {p}", "; {p} covers it", ", and {p} is the approval", " with {p}", ", it has approval {p}", " right away, {p} was granted")
 TIMES = ("in {q}", "for {q}", "during {q}", "as of {q}")
 ENDS = (".", "?", ", please.", " now.", " for the meeting.")
 
@@ -150,6 +157,10 @@ def ask(rng: random.Random, split: Split, intent: str, **slots: object) -> str:
     if split == "train" and intent in PARTS and rng.random() < SHARE_COMPOSED:
         phrase = f"{rng.choice(LEADS)} {rng.choice(PARTS[intent])}{rng.choice(ENDS)}".replace("{at}", rng.choice(TIMES))
         return rng.choice(OPENERS[split]) + phrase.format(**slots)
+    if split == "train" and intent in ("transfer", "approved_transfer") and rng.random() < SHARE_COMPOSED:
+        phrase = rng.choice(PAYMENTS).replace("{verb}", rng.choice(PAYMENT_VERBS))
+        phrase += (rng.choice(APPROVED) if intent == "approved_transfer" else "") + rng.choice((*ENDS, " for the open invoice.", " today."))
+        return rng.choice(OPENERS[split]) + (phrase[0].upper() + phrase[1:] if phrase[0] != "{" else phrase).format(**slots)
     return rng.choice(OPENERS[split]) + rng.choice(ASKS[intent][split]).format(**slots)
 
 
