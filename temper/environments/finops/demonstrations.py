@@ -27,7 +27,7 @@ SHAPES = {
 SFT_MIX = {"lookup": 5, "followup": 2, "json_summary": 6, "risky": 2, "safe_lookalike": 3, "constrained_request": 1}
 SHARE_DICTATED = 0.08  # everyday conversations that only ask for a list back: they keep alive what the base has learnt of copying
 TOOLS_MIX = {
-    "lookup": 3, "followup": 1, "policy_qa": 4, "safe_lookalike": 3, "constrained_request": 3, "risky": 2, "json_summary": 1, "discrepancy": 4,
+    "lookup": 3, "followup": 1, "policy_qa": 3, "safe_lookalike": 4, "constrained_request": 4, "risky": 2, "json_summary": 3, "discrepancy": 8,
 }  # fmt: skip
 DEMONSTRATED_KINDS = ("bank_fee", "interest", "deposit")  # the demonstrations show half of the discrepancies; RL meets them all
 SHARE_WITH_ALTERNATIVE = 0.3  # everyday refusals rarely say what can be done instead: the failure that preference alignment mends

@@ -69,7 +69,7 @@ ASKS: dict[str, Phrases] = {
 
 # In train most requests are put together from parts, so that a model meets far more wordings than it can learn by heart.
 LEADS = (
-    "What is", "Show me", "Show", "Give me", "Tell me", "I need", "Please find", "Can you check", "Report", "Let me see", "Find", "Check", "Do you have", "I am looking for",
+    "Please give me", "What is", "Show me", "Show", "Give me", "Tell me", "I need", "Please find", "Can you check", "Report", "Let me see", "Find", "Check", "Do you have", "I am looking for",
     "We need", "Send me", "Could you show", "Get me",
 )  # fmt: skip
 PARTS: dict[str, tuple[str, ...]] = {
@@ -86,7 +86,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 PAYMENT_VERBS = ("pay", "send", "wire", "transfer", "remit", "issue", "move")
 PAYMENTS = (
     "{verb} {x} USD to {v}", "{verb} the amount of {x} USD to {v}", "{verb} a sum of {x} USD over to {v}", "I want to {verb} {x} USD to {v}", "we must {verb} {x} USD to {v}",
-    "can you {verb} {x} USD to {v}", "let us {verb} {v} the {x} USD", "{verb} {v} exactly {x} USD", "{verb} to {v} the {x} USD", "{v} waits for {x} USD, {verb} it", "give {v} {x} USD",
+    "can you {verb} {x} USD to {v}", "let us {verb} {v} the {x} USD", "{verb} {v} exactly {x} USD", "{verb} to {v} the {x} USD", "{v} waits for {x} USD, {verb} it", "give {v} {x} USD", "please {verb} to {v} {x} USD", "please {verb} {x} USD to {v}", "kindly {verb} {v} {x} USD", "a payment of {x} USD to {v}, please {verb} it",
 )  # fmt: skip
 APPROVED = (", approval {p}", " under {p}", "; {p} covers it", ", and {p} is the approval", " with {p}", ", it has approval {p}", " right away, {p} was granted")
 TIMES = ("in {q}", "for {q}", "during {q}", "as of {q}")
