@@ -12,15 +12,20 @@ from pydantic import BaseModel
 
 def canonical_json(value: Any) -> str:
     """`value` as JSON with sorted keys and no spaces, so that equal values have equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
 
-    def plain(item: Any) -> Any:
-        if isinstance(item, BaseModel):
-            return item.model_dump(mode="json")
-        if isinstance(item, Path):
-            return item.as_posix()
-        raise TypeError(f"{type(item).__name__} has no canonical JSON form: {item!r}")
 
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=plain)
+def ordered_json(value: Any) -> str:
+    """`value` as JSON with its keys in their own order: what a chat template renders depends on it."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=_plain)
+
+
+def _plain(item: Any) -> Any:
+    if isinstance(item, BaseModel):
+        return item.model_dump(mode="json")
+    if isinstance(item, Path):
+        return item.as_posix()
+    raise TypeError(f"{type(item).__name__} has no canonical JSON form: {item!r}")
 
 
 def hash_text(text: str) -> str:

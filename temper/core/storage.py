@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from temper.core.errors import DataError, IntegrityError, StorageError
-from temper.core.hashing import canonical_json, hash_folder, hash_value
+from temper.core.hashing import canonical_json, hash_folder, hash_value, ordered_json
 
 FILES = "FILES.json"  # the last file written into a folder: the hash of every other one
 
@@ -80,8 +80,11 @@ def read_json(path: Path) -> Any:
 
 
 def write_jsonl(path: Path, rows: Iterable[BaseModel | dict[str, Any]]) -> None:
-    """Write one JSON object a line, whole or not at all."""
-    write_text(path, "".join(canonical_json(row) + "\n" for row in rows))
+    """Write one JSON object a line, whole or not at all, keys in their own order.
+
+    Sorted keys would turn the order of a tool's parameters between what is trained on and what is served.
+    """
+    write_text(path, "".join(ordered_json(row) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path, model: type[M]) -> list[M]:

@@ -5,12 +5,14 @@ import json
 import pytest
 
 from temper.core.errors import ConfigError
-from temper.core.records import Message, ToolCall
+from temper.core.hashing import hash_value
+from temper.core.records import Message, Record, ToolCall
+from temper.core.storage import read_jsonl, write_jsonl
 from temper.environments.finops import environment
 from temper.environments.finops.demonstrations import SETS
 from temper.environments.finops.session import LedgerSession
 from temper.environments.finops.tasks import SLICES, make_task
-from temper.environments.finops.tools import ToolFault, calculate
+from temper.environments.finops.tools import SPECS, ToolFault, calculate
 from temper.environments.finops.world import KINDS, make_company
 from temper.firewall.admission import admit
 from temper.rollout.environment import require, self_check
@@ -200,3 +202,14 @@ def test_every_slice_has_a_builder_and_gold_turns_that_end_in_an_answer():
 def test_an_unknown_slice_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="lookup"):
         environment(slices=["lookups"])
+
+
+def test_a_record_that_was_written_and_read_is_rendered_as_the_task_is(tmp_path):
+    """Sorted keys once turned the order of parameters in training rows, and tools of three arguments failed when served."""
+    record = next(item for item in SETS["tools"](0, "train", 400) if any(len(call.arguments) > 1 for m in item.messages for call in m.tool_calls))
+    write_jsonl(tmp_path / "records.jsonl", [record])
+    again = read_jsonl(tmp_path / "records.jsonl", Record)[0]
+    assert [list(tool.parameters["properties"]) for tool in again.tools] == [list(SPECS[tool.name].parameters["properties"]) for tool in record.tools]
+    calls = [list(call.arguments) for message in record.messages for call in message.tool_calls]
+    assert [list(call.arguments) for message in again.messages for call in message.tool_calls] == calls
+    assert hash_value(again) == hash_value(record)
