@@ -213,3 +213,11 @@ def test_a_record_that_was_written_and_read_is_rendered_as_the_task_is(tmp_path)
     calls = [list(call.arguments) for message in record.messages for call in message.tool_calls]
     assert [list(call.arguments) for message in again.messages for call in message.tool_calls] == calls
     assert hash_value(again) == hash_value(record)
+
+
+def test_a_copy_of_a_record_has_a_hash_of_its_own():
+    record = next(SETS["sft"](0, "train", 1))
+    before = record.id
+    copy = record.model_copy(update={"slice": "another"})
+    assert (record.id, copy.id) == (before, hash_value(copy))
+    assert copy.id != before
