@@ -48,6 +48,7 @@ class Answering:
         """Every choice, once all are sampled. Raises ApiError where they are not to be had, or not the tenant's own."""
         try:
             while not self.answer.done():
+                self.ear.news.clear()  # news once set would make the wait return at once, and this loop would starve the engine
                 await self._listen()
         finally:
             self._hang_up()
