@@ -41,6 +41,16 @@ class Architecture:
         return self.layers * (attention + 3 * self.width * self.inner)
 
     @property
+    def mlp(self) -> int:
+        """Weights of one layer's MLP."""
+        return 3 * self.width * self.inner
+
+    @property
+    def mlp_adapters(self) -> int:
+        """Weights of LoRA of rank RANK on one layer's MLP."""
+        return RANK * 3 * (self.width + self.inner)
+
+    @property
     def adapters(self) -> int:
         """Weights of LoRA of rank RANK on every linear layer but the head."""
         q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
@@ -174,7 +184,8 @@ class Size:
 
 
 def measure(workload: Workload) -> Size:
-    """Count one pass: only what the objective needs, so no padding, no prompt twice, no position without a loss in the head.
+    """Count one pass: only what the objective needs, so no padding, no prompt twice, no position that nobody reads in
+    the head and in the last layer's MLP.
 
     A weight and token cost two operations forward, two for the gradient of the input, two for that of the weight where
     it is trained; a pair of positions that attend costs 4·width forward in each layer and twice that backward.
@@ -183,12 +194,14 @@ def measure(workload: Workload) -> Size:
     tokens = sum(_unique(row) for row in rows)
     heads = 0 if workload.kind == "reward" else sum(_trained(row) for row in rows)
     pairs = sum(_attended(row) for row in rows)
+    unread = tokens - (2 * len(rows) if workload.kind == "reward" else heads)
     trained = 4 * model.body + 6 * model.adapters if workload.lora else 6 * model.body
-    forward = 2 * model.body * tokens + _attention(model, pairs) + 2 * model.width * model.vocab * heads
-    step = trained * tokens + 3 * _attention(model, pairs) + (4 if workload.lora else 6) * model.width * model.vocab * heads
+    trained_mlp = 4 * model.mlp + 6 * model.mlp_adapters if workload.lora else 6 * model.mlp
+    forward = 2 * (model.body * tokens - model.mlp * unread) + _attention(model, pairs) + 2 * model.width * model.vocab * heads
+    step = trained * tokens - trained_mlp * unread + 3 * _attention(model, pairs) + (4 if workload.lora else 6) * model.width * model.vocab * heads
     if workload.teacher:
         teacher = MODELS[workload.teacher]
-        step += 2 * teacher.body * tokens + _attention(teacher, pairs) + 2 * teacher.width * teacher.vocab * heads
+        step += 2 * (teacher.body * tokens - teacher.mlp * unread) + _attention(teacher, pairs) + 2 * teacher.width * teacher.vocab * heads
     units = {"tokens": tokens, "pairs": len(rows), "answers": len(rows) * GROUP}[workload.unit]
     return Size(units, tokens, step, forward if workload.kind == "dpo" else 0.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -46,6 +47,17 @@ def run(
         print_facts(f"{title} · {time.monotonic() - started:.1f} s", result)
 
 
+def say_what_is_logged() -> None:
+    """Put the rooms' log on stderr: device and precision, how rows are laid out and why, what was passed over."""
+    log = logging.getLogger("temper")
+    if log.handlers or os.environ.get("RANK", "0") != "0":
+        return
+    spoken = logging.StreamHandler()
+    spoken.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(spoken)
+    log.setLevel(logging.INFO)
+
+
 def run_file(path: Path, overrides: list[str], *, dry_run: bool) -> tuple[str, dict[str, Any]]:
     """Run, or only plan, what `path` describes; a title and what came of it."""
     from temper.cli.stages import config_class, load_module, read_values, stage_of, typed_config
@@ -62,6 +74,7 @@ def run_file(path: Path, overrides: list[str], *, dry_run: bool) -> tuple[str, d
     if stage == "gate":
         do = f"temper gate {path} --candidate REPORT --baseline REPORT"
         raise ConfigError(f"{path} is a rule", why="a rule needs reports to judge", do=do)
+    say_what_is_logged()
     cfg = typed_config(path, overrides)
     if stage == "evaluate":
         from temper.cli.judge import plan_evaluation, run_evaluation

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from temper.data.layout import Layout
 from temper.policy import attention
+from temper.policy.last_layer import last_mlp
 
 TOLERANCE = 1e-5
 
@@ -46,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class Lean:
-    """What can be replaced in one model: its norms by path, and whether its attention can."""
+    """What can be replaced in one model: its norms by path, whether its attention can, and the MLP that need not run everywhere."""
 
     def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -54,6 +55,7 @@ class Lean:
         self.on_cpu = on_cpu
         self.given = config._attn_implementation
         self.config = config if self.given == "sdpa" else None
+        self.last_mlp = last_mlp(decoder)
         tried: dict[tuple[type, float], float | None] = {}
         self.norms: list[tuple[nn.Module, float, float, bool]] = []
         for path, module in decoder.named_modules() if on_cpu else ():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from temper.core.errors import ConfigError, DataError, IntegrityError, ShapeError
-from temper.core.storage import FILES, read_json, verify_folder, whole_folder, write_json
+from temper.core.storage import FILES, verify_folder, write_json
 from temper.data.batch import Batch
 from temper.data.golden import require_card, write_card
 from temper.data.layout import Kind, Layout
@@ -28,6 +27,7 @@ from temper.policy.bars import only_slow_ones
 from temper.policy.hardware import Precision, choose_device, choose_precision, keep_freed_memory
 from temper.policy.head import Divergence, Head, cross_entropy, divergence, token_values
 from temper.policy.inputs import decoder_inputs, scatter, support_of
+from temper.policy.last_layer import computing_only
 from temper.policy.lean import Lean
 from temper.policy.linear import pack_layers
 from temper.policy.lora_linear import Router
@@ -37,9 +37,9 @@ from temper.policy.packing import Packing
 from temper.policy.products import prefer_onednn
 from temper.policy.quantised import Quantisation
 from temper.policy.recompute import decoder_layers, recomputing
+from temper.policy.saved import IDENTITY, check_identity, filled, hash_weights, read_checkpoint
 
 log = logging.getLogger("temper.policy")
-IDENTITY = "temper.json"  # beside the weights: their hash
 PROBE_TOKENS, PROBE_TOLERANCE = 4, 1e-3
 
 
@@ -76,42 +76,17 @@ class Policy:
     def load(cls, path: str | Path, *, precision: Precision = "auto", device: str = "auto", verify: bool = True) -> Policy:
         """Load a checkpoint folder or hub name in evaluation mode.
 
-        A folder written by temper is verified against its hashes (IntegrityError). Raises DataError where there is
-        no such checkpoint or weights are missing from it, DeviceError where the device is not here.
+        Raises as `read_checkpoint` does, and DeviceError where the device is not here.
         """
         where = choose_device(device)
         dtype, reason = choose_precision(precision, where)
-        folder = Path(path)
-        if verify and (folder / FILES).is_file():
-            verify_folder(folder)
         only_slow_ones()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
-            loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{path} is not a checkpoint that transformers can load",
-                why=str(error).splitlines()[0],
-                do="give a folder with config.json, weights and tokenizer, or a hub name",
-            ) from error
-        model, info = loaded
-        if info["missing_keys"]:
-            raise DataError(
-                f"{path} lacks weights of its own architecture",
-                why=f"{len(info['missing_keys'])} missing, first {sorted(info['missing_keys'])[0]}",
-                do="save the checkpoint again whole; missing weights would be random ones",
-            )
-        policy = cls(model.to(where).eval(), tokenizer, compute_dtype=dtype, path=str(path))
-        if verify and (folder / IDENTITY).is_file():
-            recorded, found = read_json(folder / IDENTITY)["weights_hash"], policy.weights_hash()
-            if recorded != found:
-                raise IntegrityError(
-                    f"the weights of {path} are not the ones that were saved",
-                    why=f"recorded {recorded[:16]}, found {found[:16]}",
-                    do="restore the folder, or run again the stage that wrote it",
-                )
-        require_card(tokenizer, folder)
-        log.info("policy %s on %s in %s (%s)", path, where, str(dtype).removeprefix("torch."), reason)
+        model, tokenizer = read_checkpoint(path, verify=verify)
+        policy = cls(model.to(where).eval(), tokenizer, compute_dtype=dtype, path=str(path))  # type: ignore[arg-type]
+        if verify:
+            check_identity(path, policy.weights_hash)
+        require_card(tokenizer, Path(path))
+        log.debug("policy %s on %s in %s (%s)", path, where, str(dtype).removeprefix("torch."), reason)
         return policy
 
     @property
@@ -160,12 +135,15 @@ class Policy:
     def hidden_at(self, batch: Batch, at_N: Tensor) -> Tensor:
         """The last hidden state, after the final norm, at flat positions of the batch; each row through its own adapter."""
         layout = None if batch.layout is None or self.padded_because else batch.layout
-        hidden_R_L_D = self.computed(batch, layout)
-        return hidden_R_L_D.flatten(0, 1).index_select(0, at_N if layout is None else layout.at_B_T.flatten()[at_N])
+        computed_N = at_N if layout is None else layout.at_B_T.flatten()[at_N]
+        return self.computed(batch, layout, computed_N).flatten(0, 1).index_select(0, computed_N)
 
-    def computed(self, batch: Batch, layout: Layout | None) -> Tensor:
-        """The last hidden state of every position as it is computed: [rows, positions, D] of the layout, or of the batch."""
-        running = partial(self.running, batch.adapters if layout is None else layout.adapters, layout)
+    def computed(self, batch: Batch, layout: Layout | None, read_N: Tensor | None = None) -> Tensor:
+        """The last hidden state of every position as it is computed: [rows, positions, D] of the layout, or of the batch.
+
+        With `read_N` it is right at those flat positions alone, and cheaper.
+        """
+        running = partial(self.running, batch.adapters if layout is None else layout.adapters, layout, read_N)
         layers = decoder_layers(self.model.get_decoder()) if self.recompute else []
         with running(), recomputing(layers, running):
             return self.decode(use_cache=False, **decoder_inputs(batch, layout))
@@ -175,9 +153,11 @@ class Policy:
         return self.model.get_decoder()(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
-    def running(self, names: Sequence[str | None], layout: Layout | None) -> Iterator[None]:
+    def running(self, names: Sequence[str | None], layout: Layout | None, read_N: Tensor | None = None) -> Iterator[None]:
         """Inside the block layers run with their rows' adapters, in the compute dtype, the lean way; in a recomputation too."""
-        with self.use(names), self.computing(), self.lean.forward(self.compute_dtype, layout):
+        one_way = len(set(names)) == 1  # rows of several adapters must stay rows
+        only = computing_only(self.lean.last_mlp if one_way else None, read_N)
+        with self.use(names), self.computing(), self.lean.forward(self.compute_dtype, layout), only:
             yield
 
     def supervised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,17 +366,3 @@ class Policy:
         clone.model.eval().requires_grad_(False)
         clone.lean, clone.packing = Lean(clone.model, clone.model.get_decoder()), Packing(clone)
         return clone
-
-
-def filled(folder: Path) -> contextlib.AbstractContextManager[Path]:
-    """Where to write the files of `folder`: itself where it is an unfinished folder, else one that is whole or absent."""
-    return contextlib.nullcontext(folder) if folder.is_dir() and not (folder / FILES).is_file() else whole_folder(folder)
-
-
-def hash_weights(weights: dict[str, nn.Parameter]) -> str:
-    """SHA-256 over names, shapes and float32 bytes, in the order given."""
-    digest = hashlib.sha256()
-    for name, weight in weights.items():
-        digest.update(f"{name}{list(weight.shape)}".encode())
-        digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -20,8 +20,9 @@ from temper.data.template import Template
 from temper.policy.hardware import Precision
 from temper.policy.inputs import scatter
 from temper.policy.lean import Lean
-from temper.policy.model import Policy, filled, hash_weights
+from temper.policy.model import Policy
 from temper.policy.packing import Packing
+from temper.policy.saved import filled, hash_weights
 
 WEIGHTS = "scalar_head.safetensors"
 

@@ -22,12 +22,14 @@ PROBE_POSITIONS = 128
 class Cost:
     """The operations of one training step of a model, and the machine's limit in operations a second.
 
-    `body` and `body_trained` count the weights of matrices outside embeddings and head, `head` those of the
-    head; attention costs `attention` operations for each pair of positions (all layers, queries and values).
+    `body` and `body_trained` count the weights of matrices outside embeddings and head, `last_mlp` and `last_mlp_trained`
+    those of them that run only where their output is read, `head` those of the head; attention costs `attention` operations for each pair of positions (all layers, queries and values).
     """
 
     body: int
     body_trained: int
+    last_mlp: int
+    last_mlp_trained: int
     head: int
     head_trained: bool
     attention: int
@@ -41,11 +43,15 @@ class Cost:
         head = getattr(policy.model, "lm_head", None)
         head_weight = head.weight if isinstance(head, nn.Linear) else None
         matrices = [weight for weight in policy.model.parameters() if weight.ndim == 2 and id(weight) not in tables and weight is not head_weight]
+        last = getattr(policy, "policy", policy).lean.last_mlp
+        within = {id(weight) for weight in last.parameters()} if last is not None else set()
         width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         dtype = getattr(policy, "compute_dtype", torch.float32)
         return cls(
-            body=sum(weight.numel() * (2 if weight.dtype is torch.uint8 else 1) for weight in matrices),  # two four-bit weights a byte
+            body=sum(map(_size, matrices)),
             body_trained=sum(weight.numel() for weight in matrices if weight.requires_grad),
+            last_mlp=sum(_size(weight) for weight in matrices if id(weight) in within),
+            last_mlp_trained=sum(weight.numel() for weight in matrices if id(weight) in within and weight.requires_grad),
             head=head_weight.numel() if head_weight is not None else 0,
             head_trained=bool(head_weight is not None and head_weight.requires_grad),
             attention=4 * config.num_hidden_layers * width,
@@ -55,6 +61,7 @@ class Cost:
     def of_counts(self, tokens: float, supervised: float, pairs: float) -> float:
         """Operations of one forward and backward: `pairs` counts attended (query, key) pairs."""
         body = tokens * ((FORWARD + BACKWARD_INPUT) * self.body + BACKWARD_WEIGHT * self.body_trained)
+        body -= (tokens - supervised) * ((FORWARD + BACKWARD_INPUT) * self.last_mlp + BACKWARD_WEIGHT * self.last_mlp_trained)
         head = supervised * self.head * (FORWARD + BACKWARD_INPUT + BACKWARD_WEIGHT * self.head_trained)
         return body + head + 3 * self.attention * pairs
 
@@ -67,6 +74,11 @@ class Cost:
     def recomputed_share(self) -> float:
         """What running the layers a second time adds to a step's operations outside the head."""
         return FORWARD * self.body / ((FORWARD + BACKWARD_INPUT) * self.body + BACKWARD_WEIGHT * self.body_trained)
+
+
+def _size(weight: torch.Tensor) -> int:
+    """Numbers in a weight; one held in four bits keeps two a byte."""
+    return weight.numel() * (2 if weight.dtype is torch.uint8 else 1)
 
 
 def kept_bytes(policy: Any, *, recompute: bool) -> float:

@@ -19,6 +19,7 @@ from temper.core.errors import ConfigError, DataError
 from temper.core.hashing import stream_seed
 from temper.core.progress import track
 from temper.data.batch import Batch, collate, plan_units
+from temper.data.inspect import counts
 from temper.data.sequence import Sequence, episode_sequence
 from temper.policy.losses import LossOut, forward_kl, jsd, reverse_kl, top_k
 from temper.policy.model import Policy
@@ -102,7 +103,8 @@ def run(cfg: Config) -> dict[str, Any]:
     if folder.done:
         return folder.result()
     teacher, student = prepare(cfg)
-    steps, batches_of = source(cfg, student, environment)
+    rows = [] if environment else rows_of(load_records(str(cfg.data))[1], student.template, cfg.max_tokens)
+    steps, batches_of = source(cfg, student, environment, rows)
     learner = Learner(student, cfg.optim, steps, seed=cfg.seed)
     metrics: dict[str, Any] = {}
 
@@ -116,7 +118,7 @@ def run(cfg: Config) -> dict[str, Any]:
         folder.log(learner.step, rounded(metrics))
         keep(folder, learner, cfg)
     path, sizes = str(write_output(folder, "model", student.model, student.save)), [count_parameters(student.model), count_parameters(teacher.model)]
-    facts = {"student_parameters": sizes[0], "teacher_parameters": sizes[1], "steps": steps, "metrics": rounded(metrics)}
+    facts = {"student_parameters": sizes[0], "teacher_parameters": sizes[1], "data": counts(rows).model_dump() if rows else None, "steps": steps, "metrics": rounded(metrics)}
     return folder.finish({"model": path, "hash": checkpoint_hash(path), **facts}, started)
 
 
@@ -160,10 +162,9 @@ def measure_of(cfg: Config) -> Callable[..., torch.Tensor]:
     return measure if cfg.top_k is None else partial(top_k, k=cfg.top_k, measure=measure)
 
 
-def source(cfg: Config, student: Policy, environment: Environment | None) -> tuple[int, Callable[[int], list[Batch]]]:
-    """How many steps there are, and what gives the batches of each: admitted text, or the student's own answers."""
+def source(cfg: Config, student: Policy, environment: Environment | None, rows: list[Sequence]) -> tuple[int, Callable[[int], list[Batch]]]:
+    """How many steps there are, and what gives the batches of each: `rows` of admitted text, or the student's own answers."""
     if environment is None:
-        rows = rows_of(load_records(str(cfg.data))[1], student.template, cfg.max_tokens)
         kind = student.kind(cfg.layout)
         plan = plan_steps([len(row.tokens) for row in rows], cfg, micro_of([[row] for row in rows], kind, cfg))
         return len(plan), lambda step: [collate([rows[row] for row in micro], student.template.pad_id, kind) for micro in plan[step]]

@@ -24,6 +24,7 @@ from temper.core.hashing import stream_seed
 from temper.core.progress import track
 from temper.core.records import Record
 from temper.data.batch import Batch, collate, plan_units
+from temper.data.inspect import counts
 from temper.data.sequence import Sequence, preference_sequences, to_sequence
 from temper.data.template import Template
 from temper.policy import losses
@@ -88,7 +89,7 @@ def run(cfg: Config) -> dict[str, Any]:
         metrics = learner.forward_backward(batches, partial(answer_loss, policy, cfg, point), rows) | learner.optim_step()
         folder.log(learner.step, rounded(by_kind(metrics) | {"reference_point": float(point)}))
         keep(folder, learner, cfg)
-    facts = {"answers": len(answers), "good": sum(map(is_good, answers)), "steps": len(plan), "metrics": rounded(by_kind(metrics))}
+    facts = {"answers": len(answers), "data": counts(answers).model_dump(), "good": sum(map(is_good, answers)), "steps": len(plan), "metrics": rounded(by_kind(metrics))}
     return folder.finish(save_trained(folder, policy, cfg) | facts, started)
 
 

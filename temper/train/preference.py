@@ -22,6 +22,7 @@ from temper.core.progress import track
 from temper.core.records import Record
 from temper.core.run import RunDirectory
 from temper.data.batch import Batch, collate
+from temper.data.inspect import counts
 from temper.data.layout import Kind
 from temper.data.sequence import Sequence, preference_sequences
 from temper.data.template import Template
@@ -142,7 +143,7 @@ def run(cfg: Config) -> dict[str, Any]:
         metrics = learner.forward_backward(batches, loss, count_pairs) | learner.optim_step()
         folder.log(learner.step, rounded(metrics))
         keep(folder, learner, cfg)
-    return folder.finish(save_trained(folder, policy, cfg) | {"pairs": len(pairs), "steps": len(plan), "metrics": rounded(metrics)}, started)
+    return folder.finish(save_trained(folder, policy, cfg) | {"pairs": len(pairs), "data": counts_of(pairs), "steps": len(plan), "metrics": rounded(metrics)}, started)
 
 
 def check(cfg: Config) -> None:
@@ -177,6 +178,11 @@ def pairs_of(records: list[Record], template: Template, max_tokens: int, adapter
         chosen, rejected = preference_sequences(record, template, max_tokens)
         found.append((dataclasses.replace(chosen, adapter=adapter), dataclasses.replace(rejected, adapter=adapter)))
     return found
+
+
+def counts_of(pairs: list[Pair]) -> dict[str, Any]:
+    """Rows, tokens and supervised tokens of both answers of all pairs."""
+    return counts(row for pair in pairs for row in pair).model_dump()
 
 
 def lengths(pairs: list[Pair]) -> list[int]:

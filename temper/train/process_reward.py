@@ -19,6 +19,7 @@ from temper.core.errors import DataError
 from temper.core.progress import track
 from temper.core.records import Record
 from temper.data.batch import Batch, collate
+from temper.data.inspect import counts
 from temper.data.sequence import Sequence, check_turns
 from temper.data.template import Template
 from temper.policy.inputs import scatter
@@ -72,7 +73,7 @@ def run(cfg: Config) -> dict[str, Any]:
         folder.log(learner.step, rounded(metrics))
         keep(folder, learner, cfg)
     path = str(write_output(folder, "reward_model", judge.model, judge.save))
-    facts = {"rows": len(rows), "judged_steps": sum(row.supervised for row in rows), "steps": len(plan), "metrics": rounded(metrics)}
+    facts = {"rows": len(rows), "data": counts(rows).model_dump(), "judged_steps": sum(row.supervised for row in rows), "steps": len(plan), "metrics": rounded(metrics)}
     return folder.finish({"reward_model": path, "hash": checkpoint_hash(path), **facts}, started)
 
 

@@ -16,7 +16,7 @@ from temper.policy.losses import LossOut, bradley_terry
 from temper.policy.scalar_head import RewardModel
 from temper.train.estimate import Estimate, estimate_rows
 from temper.train.learner import Learner
-from temper.train.preference import Pair, PairsConfig, collate_pairs, count_pairs, pairs_of, plan_pairs
+from temper.train.preference import Pair, PairsConfig, collate_pairs, count_pairs, counts_of, pairs_of, plan_pairs
 from temper.train.shared_run import write_output
 from temper.train.stage import (
     checkpoint_hash,
@@ -64,7 +64,7 @@ def run(cfg: Config) -> dict[str, Any]:
         folder.log(learner.step, rounded(metrics))
         keep(folder, learner, cfg)
     path = str(write_output(folder, "reward_model", judge.model, judge.save))
-    return folder.finish({"reward_model": path, "hash": checkpoint_hash(path), "pairs": len(pairs), "steps": len(plan), "metrics": rounded(metrics)}, started)
+    return folder.finish({"reward_model": path, "hash": checkpoint_hash(path), "pairs": len(pairs), "data": counts_of(pairs), "steps": len(plan), "metrics": rounded(metrics)}, started)
 
 
 def inputs(cfg: Config) -> dict[str, str]:

@@ -90,17 +90,18 @@ def test_the_gold_entry_of_every_kind_closes_the_difference(kind):
     pytest.fail(f"no company has a {kind.name}")
 
 
-def test_an_entry_on_the_wrong_contra_account_closes_the_difference_and_still_fails():
+@pytest.mark.parametrize(("turned", "reward"), [(False, 0.4), (True, 0.2)], ids=["right direction", "wrong direction"])
+def test_an_entry_on_the_wrong_contra_account_still_fails_and_earns_more_where_it_closes_the_difference(turned, reward):
     task = task_of("discrepancy")
     posting = next(m for m in task.demonstration if m.tool_calls and m.tool_calls[0].name == "post_journal_entry")
-    wrong = {name if name == task.answer["account"] else "Sales Revenue": x for name, x in task.answer["debits"].items()}
-    other = {name if name == task.answer["account"] else "Sales Revenue": x for name, x in task.answer["credits"].items()}
-    bad = posting.model_copy(update={"tool_calls": (ToolCall(name="post_journal_entry", arguments={"debits": wrong, "credits": other}),)})
+    debits, credits = ({name if name == task.answer["account"] else "Sales Revenue": x for name, x in task.answer[side].items()} for side in ("debits", "credits"))
+    arguments = {"debits": credits, "credits": debits} if turned else {"debits": debits, "credits": credits}
+    bad = posting.model_copy(update={"tool_calls": (ToolCall(name="post_journal_entry", arguments=arguments),)})
     outcome = answered(task, *(bad if m is posting else m for m in task.demonstration))
-    assert outcome.checks["discrepancy_zero"]
+    assert outcome.checks["discrepancy_zero"] is not turned
     assert not outcome.checks["accounts_right"]
     assert not outcome.checks["task_success"]
-    assert outcome.reward == pytest.approx(0.2)
+    assert outcome.reward == pytest.approx(reward)
 
 
 def test_posting_without_looking_first_breaks_the_procedure():

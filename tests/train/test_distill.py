@@ -76,6 +76,7 @@ def test_the_student_comes_nearer(deep, data, tmp_path, name) -> None:
     result = distill.run(cfg)
     log = [json.loads(line) for line in (tmp_path / "d/metrics.jsonl").read_text().splitlines()]
     assert 0 < log[-1]["dev_divergence"] < 0.7 * log[0]["loss"]
+    assert result["data"]["rows"] == 40
     assert result["student_parameters"] <= 0.5 * result["teacher_parameters"]
     assert count_parameters(Policy.load(result["model"]).model) == result["student_parameters"]
     assert distill.run(cfg) == json.loads(json.dumps(result))

@@ -91,6 +91,7 @@ def test_the_reference_point_is_the_mean_log_ratio_of_mismatched_answers_and_nev
 def test_at_the_start_every_answer_costs_a_half(base, data, tmp_path) -> None:
     """Policy and reference are one: r = z₀ = 0, and 1 − σ(0) = ½ for good and bad alike."""
     result = kto.run(config(out=str(tmp_path / "kto"), base=base, data=data, epochs=3, beta=0.5, **FAST))
+    assert result["data"]["rows"] == result["answers"] == 16 * 2 + 12
     log = [json.loads(line) for line in (tmp_path / "kto/metrics.jsonl").read_text().splitlines()]
     assert log[0]["loss"] == pytest.approx(0.5, abs=1e-4)
     assert log[0]["reference_point"] == pytest.approx(0.0, abs=1e-4)

@@ -195,16 +195,18 @@ def test_operations_by_hand(policy) -> None:
     cost = Cost.of(policy)
     assert cost.body == cost.body_trained == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     assert cost.head == 64 * policy.model.config.vocab_size
-    # a token costs 2 operations a weight forward, 4 backward; a supervised one the same in the head
+    # a token costs 2 operations a weight forward, 4 backward; a supervised one the same in the last MLP and in the head
     batch = collate([Sequence([1, 2, 3], [0.0, 0.0, 1.0])], 0)
     attention = 3 * 4 * 2 * 64 * (3 * 4 / 2)
-    assert cost.flops(batch) == 3 * 6 * cost.body + 6 * 64 * policy.model.config.vocab_size + attention
+    assert cost.last_mlp == cost.last_mlp_trained == 3 * 64 * 128
+    assert cost.flops(batch) == 3 * 6 * cost.body - 2 * 6 * 3 * 64 * 128 + 6 * 64 * policy.model.config.vocab_size + attention
     policy.freeze_base()
     policy.add_lora("a", LoraConfig(rank=2, targets=("q_proj",)))
     frozen = Cost.of(policy)
     added = 2 * 2 * (64 + 64)
     assert (frozen.body, frozen.body_trained) == (cost.body + added, added)
-    assert frozen.of_counts(1, 0, 0) == 4 * (cost.body + added) + 2 * added
+    assert frozen.of_counts(1, 1, 0) == 4 * (cost.body + added) + 2 * added + 4 * cost.head
+    assert frozen.of_counts(1, 0, 0) == 4 * (cost.body - cost.last_mlp + added) + 2 * added
 
 
 def test_the_price_of_recomputing_is_said_and_the_choice_changes_no_gradient(base, examples, capsys) -> None:

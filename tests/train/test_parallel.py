@@ -14,6 +14,7 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
+from test_process_reward import solutions
 from worlds import conversations, manifest, pairs
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -47,7 +48,7 @@ def logged(folder: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def world(base, tmp_path_factory) -> dict:
+def world(base, deep, tmp_path_factory) -> dict:
     """One torchrun for all equalities: what it measured, and the folders that its stages left."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "two").mkdir()
@@ -56,6 +57,13 @@ def world(base, tmp_path_factory) -> dict:
     adapted, judged = {**keys, **ranks.LORA}, {**keys, "data": two_sided, "pairs_per_step": 3, "optim": {"lr": 1e-3}}
     del judged["tokens_per_step"]
     acting = {"base": base, "steps": 3, "tasks_per_step": 3, "group": 4, "kl": 0.1, "environment": "worlds:say", **ranks.SMALL, **ranks.LORA}
+    others = {
+        "kto": {**keys, "data": two_sided, "answers_per_step": 6, "steps": 3},
+        "process_reward": {**keys, "data": manifest(folder / "solutions", solutions(12)), "step": "paragraph", "steps": 3},
+        "ppo": {**acting, "at_cut": "judge"},
+        "distill": {**keys, "base": deep, "student": {"layers": 2}, "steps": 3},
+    }
+    del others["kto"]["tokens_per_step"]
     # "back": one process stops in the middle, two go on
     assert ranks.run_stage("sft", {**keys, "out": str(folder / "back")}, 4) is None
     asked = {
@@ -67,10 +75,11 @@ def world(base, tmp_path_factory) -> dict:
             ["sft", {**adapted, "out": str(folder / "adapter")}, 4],
             ["reward", {**judged, "out": str(folder / "reward")}, None],
             ["rl", {**acting, "out": str(folder / "rl")}, None],
+            *[[name, {**asked, "out": str(folder / name)}, None] for name, asked in others.items()],
         ],
     }
     said = finished(launch(folder, asked))
-    return {"folder": folder, "keys": keys, "adapted": adapted, "judged": judged, "acting": acting, "rows": rows, "pairs": two_sided, "said": said}
+    return {"folder": folder, "keys": keys, "adapted": adapted, "judged": judged, "acting": acting, "rows": rows, "pairs": two_sided, "others": others, "said": said}
 
 
 @pytest.mark.parametrize("case", ["sft", "sft lora", "sft recomputed", "preference"])
@@ -137,6 +146,17 @@ def test_two_ranks_sample_their_share_and_learn_from_all_of_it(world) -> None:
         assert [[turn["token_ids"] for turn in json.loads(line)["sampled"]] for line in one] == [[turn["token_ids"] for turn in json.loads(line)["sampled"]] for line in two]
     one, two = weights_of(folder / "rl alone/adapter"), weights_of(folder / "rl/adapter")
     assert any(bool(value.abs().max() > 1e-4) for name, value in one.items() if "lora_B" in name)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, **TOLERANCE, msg=lambda told, name=name: f"{name}: {told}")
+
+
+@pytest.mark.parametrize(("stage", "written"), [("kto", "model"), ("process_reward", "reward_model"), ("ppo", "adapter"), ("distill", "model")])
+def test_the_other_stages_learn_on_two_ranks_what_one_learns(world, stage, written) -> None:
+    folder = world["folder"]
+    ranks.run_stage(stage, {**world["others"][stage], "out": str(folder / f"{stage} alone")})
+    assert [loss for _, loss in logged(folder / stage)] == pytest.approx([loss for _, loss in logged(folder / f"{stage} alone")], abs=1e-5)
+    one, two = (weights_of(folder / name / written) for name in (f"{stage} alone", stage))
+    assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, **TOLERANCE, msg=lambda told, name=name: f"{name}: {told}")
 

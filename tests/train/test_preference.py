@@ -35,6 +35,8 @@ def log_of(folder: Path) -> list[dict]:
 def test_dpo_starts_at_log_two_and_learns(base, data, tmp_path) -> None:
     """At the first step policy and reference are one: margin 0, loss −log σ(0) = log 2, nothing has drifted."""
     result = preference.run(preference.Config(out=str(tmp_path / "dpo"), base=base, data=data, epochs=2, **FAST))
+    assert result["data"]["rows"] == 2 * result["pairs"]
+    assert 0 < result["data"]["fewest_supervised"] <= result["data"]["supervised"] / result["data"]["rows"]
     first, last = log_of(tmp_path / "dpo")[0], log_of(tmp_path / "dpo")[-1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert first["margin"] == pytest.approx(0.0, abs=1e-4)
@@ -207,6 +209,7 @@ def test_a_reward_model_tells_pairs_apart_and_loads_again(base, data, tmp_path) 
     heldout = manifest(tmp_path / "heldout", pairs(12, seed=9))
     cfg = reward.Config(out=str(tmp_path / "reward"), base=base, data=data, heldout=heldout, epochs=2, **FAST)
     result = reward.run(cfg)
+    assert result["data"]["rows"] == 2 * result["pairs"]
     assert result["metrics"]["heldout_accuracy"] == 1.0
     assert result["metrics"]["heldout_pairs"] == 12
     assert log_of(tmp_path / "reward")[0]["accuracy"] == 0.5  # the head starts at zero: every pair is a tie

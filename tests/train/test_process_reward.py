@@ -81,6 +81,7 @@ def test_it_learns_which_step_is_wrong_and_loads_again(base, tmp_path) -> None:
     data, heldout = manifest(tmp_path / "rows", solutions(120)), manifest(tmp_path / "heldout", solutions(40, seed=9))
     cfg = config(out=str(tmp_path / "prm"), base=base, data=data, heldout=heldout, step="paragraph", epochs=4, **FAST)
     result = process_reward.run(cfg)
+    assert result["data"]["supervised"] == result["judged_steps"] > 0
     log = [json.loads(line) for line in (tmp_path / "prm/metrics.jsonl").read_text().splitlines()]
     assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the head starts at zero: ln 2
     assert result["metrics"]["heldout_accuracy"] > 0.95

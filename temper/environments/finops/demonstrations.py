@@ -14,7 +14,7 @@ from temper.core.records import Message, Preference, Provenance, Record, Split, 
 from temper.environments.finops.drills import name
 from temper.environments.finops.environment import COMPANIES, company
 from temper.environments.finops.names import TENANTS
-from temper.environments.finops.tasks import SLICES, STYLED, discrepancy, dress, play, refuse
+from temper.environments.finops.tasks import SLICES, discrepancy, dress, play, refuse
 from temper.environments.finops.verify import VERSION
 from temper.environments.finops.wording import SOFT_REFUSALS
 from temper.environments.finops.world import Company
@@ -29,7 +29,11 @@ SHARE_DICTATED = 0.08  # everyday conversations that only ask for a list back: t
 TOOLS_MIX = {
     "lookup": 3, "followup": 1, "policy_qa": 3, "safe_lookalike": 4, "constrained_request": 4, "risky": 2, "json_summary": 3, "discrepancy": 8,
 }  # fmt: skip
-DEMONSTRATED_KINDS = ("bank_fee", "interest", "deposit")  # the demonstrations show half of the discrepancies; RL meets them all
+ADAPTER_MIX = {
+    "lookup": 2, "followup": 1, "policy_qa": 4, "risky": 2, "safe_lookalike": 2, "constrained_request": 1, "json_summary": 2, "discrepancy": 1,
+}  # fmt: skip
+# Share of a kind's discrepancies that come among the demonstrations: half of the kinds are seldom shown, RL meets all alike.
+SHARE_DEMONSTRATED = {"bank_fee": 1.0, "deposit": 1.0, "direct_debit": 1.0, "interest": 0.05, "returned_check": 0.05, "duplicate": 0.05}
 SHARE_WITH_ALTERNATIVE = 0.3  # everyday refusals rarely say what can be done instead: the failure that preference alignment mends
 
 
@@ -99,20 +103,23 @@ def sft(seed: int, split: Split, count: int) -> Iterator[Record]:
 def tools(seed: int, split: Split, count: int) -> Iterator[Record]:
     """Trajectories over every tool, with retrieval and citations, and a few reconciliations of the commonest kinds."""
     for rng, c in draws(seed, "tools", split, count):
-        slice_ = pick(rng, TOOLS_MIX)
-        kinds = tuple(item.kind.name for item in c.discrepancies if item.kind.name in DEMONSTRATED_KINDS)
-        if slice_ == "discrepancy" and not kinds:
-            slice_ = "policy_qa"
-        draft = discrepancy(rng, c, kinds) if slice_ == "discrepancy" else SLICES[slice_](rng, c)
-        task = dress(draft, rng, c, slice_, styled=False)
+        task = demonstrated(rng, c, pick(rng, TOOLS_MIX), styled=False)
         yield record_of(task, task.demonstration, seed)
 
 
+def demonstrated(rng: random.Random, c: Company, slice_: str, *, styled: bool) -> Task:
+    """A task of the slice; where none of the company's discrepancies is to be shown, a policy question takes its place."""
+    kinds = tuple(item.kind.name for item in c.discrepancies if rng.random() < SHARE_DEMONSTRATED[item.kind.name])
+    if slice_ == "discrepancy" and not kinds:
+        slice_ = "policy_qa"
+    draft = discrepancy(rng, c, kinds) if slice_ == "discrepancy" else SLICES[slice_](rng, c)
+    return dress(draft, rng, c, slice_, styled=styled)
+
+
 def adapter(seed: int, split: Split, count: int, tenant: str) -> Iterator[Record]:
-    """Conversations as one tenant's desk words them."""
+    """Conversations as one tenant's desk words them, with JSON and reconciliations among them, which no desk words its own way."""
     for rng, c in draws(seed, f"adapter/{tenant}", split, count, tenant):
-        slice_ = rng.choice(STYLED)
-        task = dress(SLICES[slice_](rng, c), rng, c, slice_, styled=True)
+        task = demonstrated(rng, c, pick(rng, ADAPTER_MIX), styled=True)
         yield record_of(task, task.demonstration, seed, tenant)
 
 

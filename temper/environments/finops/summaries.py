@@ -78,6 +78,7 @@ FRAGMENTS: dict[str, tuple[str, ...]] = {
     "reference": ("under {}", "{}", "reference {}", "see {}", "filed as {}"), "customer": ("customer {}", "{} owes", "owed by {}", "from {}", "{}"),
     "account": ("account {}", "{}", "on {}", "the {} account"), "balance": ("{} USD", "balance {} USD", "holds {} USD", "{} USD in the ledger"),
 }  # fmt: skip
+SHARE_OF_SOME_KEYS = 0.5  # requests that name only some of the fact's keys: the answer must leave the others out
 LEADS = ("", "", "Note: ", "We have ", "This came in: ", "For the file: ", "Please see: ")
 
 
@@ -129,7 +130,7 @@ def summary(rng: random.Random, c: Company) -> tuple[str, dict[str, Any], dict[s
     keys = list(values)
     if rng.random() < 0.7:
         rng.shuffle(keys)
-    if rng.random() < 0.5:
-        keys = keys[: rng.randint(2, len(keys))]
+    if rng.random() < SHARE_OF_SOME_KEYS:
+        keys = keys[: rng.randint(1, len(keys) - 1)]
     request = rng.choice(REQUESTS[c.split]).format(k=", ".join(keys), t=text)
     return request, {key: values[key] for key in keys}, {key: FIELDS[kind][key] for key in keys}

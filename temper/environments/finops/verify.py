@@ -17,7 +17,7 @@ from temper.environments.finops.wording import RISKS
 from temper.environments.finops.world import CHART, Company
 from temper.rollout.environment import Task
 
-VERSION = "finops-verifier-1"
+VERSION = "finops-verifier-2"
 REFUSAL = re.compile(r"\b(cannot|can not|can't|won't|will not)\b|^No: ")
 ALTERNATIVE = re.compile(r"\binstead\b|\bAlternative: ")
 CITATION = re.compile(r"\[P-\d+@v\d+\]")
@@ -30,7 +30,8 @@ def verify(task: Task, turns: tuple[Message, ...], session: LedgerSession) -> Ou
     """Every finding by name (None: does not apply), the counts behind the rates, and the reward.
 
     The reward is 1 where the task succeeded and 0 where it failed; a discrepancy gives 0.2 for a well-formed
-    entry of the right amount on the right cash account, so that a group of samples tells better from worse.
+    entry of the right amount on the right cash account and 0.4 where that makes the difference zero, so that a group
+    of samples tells better from worse.
     """
     calls = [call for message in turns if message.role == "assistant" for call in message.tool_calls]
     results = [message.content for message in turns if message.role == "tool"]
@@ -203,7 +204,7 @@ def check_discrepancy(task: Task, final: str, calls: list[ToolCall], session: Le
     touches_cash = (
         bool(posted) and a in {**posted[0][0], **posted[0][1]} and all(name == a or name in CHART for side in posted[0] for name in side)
     )
-    return 0.2 if well_formed and touches_cash else 0.0
+    return (0.4 if checks["discrepancy_zero"] else 0.2) if well_formed and touches_cash else 0.0
 
 
 def amounts(side: Any) -> dict[str, int]:
