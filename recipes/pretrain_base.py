@@ -31,7 +31,7 @@ from temper.core.progress import track
 from temper.core.storage import whole_folder
 from temper.data.golden import write_card
 from temper.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
-from temper.environments.finops.corpus import COPYING, DRILLED, WRITERS, Writer, documents
+from temper.environments.finops.corpus import COPYING, DRILLED, SELECTING, WRITERS, Writer, documents
 from temper.environments.finops.demonstrations import sample_formats
 
 SEED = 20260
@@ -58,10 +58,11 @@ class Part:
     nested_share: float = 0.0
 
 
-PARTS = (  # the domain's text; the same with practice in copying, in small batches; and drills, which nothing but copying solves
+PARTS = (  # the domain's text; the same with practice in copying, in small batches; drills, which nothing but copying solves; and choosing
     Part(WRITERS, 120_000, 24, 256, 1600, 2e-3, 0.25),
     Part(COPYING, 40_000, 24, 128, 1700, 1.5e-3, 0.1),
     Part(DRILLED, 60_000, 12, 256, 3000, 1.5e-3, 0.25, muon=True, nested_share=0.25),
+    Part(SELECTING, 20_000, 12, 256, 700, 8e-4, 0.1, muon=True, nested_share=0.25),
 )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from temper.core.hashing import stream_seed
-from temper.environments.finops.drills import DRILLS
+from temper.environments.finops.drills import DRILLS, WANTED_DRILLS, wanted
 from temper.environments.finops.names import (
     CASH_ACCOUNTS,
     DEPARTMENTS,
@@ -236,18 +237,33 @@ def fact_slip(rng: random.Random) -> str:
     """Facts in a sentence, and the slip that lists them in the order asked for."""
     slips = []
     for _ in range(rng.randint(1, 3)):
-        d, q, a, v, x, y = rng.choice((*EVERY["departments"], *MORE_DEPARTMENTS)), rng.choice(QUARTERS), rng.choice(EVERY["accounts"]), partner(rng), draw_amount(rng), draw_amount(rng)
-        number, due, status = f"INV-{rng.randint(1000, 9999)}", draw_date(rng), rng.choice(("open", "paid", "overdue"))
-        sentence, facts = rng.choice((
-            (f"Invoice {number} from {v} for {x} USD is due on {due} and is {status}.", {"vendor": v, "invoice": number, "amount": x, "due": due, "status": status}),
-            (f"{v} sent {number}: {x} USD, due {due}, {status}.", {"vendor": v, "invoice": number, "amount": x, "due": due, "status": status}),
-            (f"In {q} {d} had {x} USD and spent {y} USD.", {"department": d, "quarter": q, "budget": x, "spent": y}),
-            (f"{v} has to pay {x} USD until {due}.", {"customer": v, "amount": x, "due": due}),
-            (f"The {a} account shows {x} USD at the end of {q}.", {"account": a, "balance": x, "quarter": q}),
-        ))  # fmt: skip
+        sentence, facts = told(rng)
         keys = rng.sample(list(facts), len(facts))
         slips.append(f"{sentence}\nKeys: {', '.join(keys)}\nSlip: " + "; ".join(f"{key} {facts[key]}" for key in keys) + ".")
     return "\n".join(slips)
+
+
+def wanted_slip(rng: random.Random) -> str:
+    """Facts in a sentence, and slips that list some of them, in the order asked for."""
+    slips = []
+    for _ in range(rng.randint(1, 3)):
+        sentence, facts = told(rng)
+        slips.append(wanted(rng, sentence, facts, rng.sample(list(facts), rng.randint(1, len(facts)))))
+    return "\n".join(slips)
+
+
+def told(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """A sentence and the facts in it by key."""
+    d, q, a, v, x, y = rng.choice((*EVERY["departments"], *MORE_DEPARTMENTS)), rng.choice(QUARTERS), rng.choice(EVERY["accounts"]), partner(rng), draw_amount(rng), draw_amount(rng)
+    number, due, status = f"INV-{rng.randint(1000, 9999)}", draw_date(rng), rng.choice(("open", "paid", "overdue"))
+    sentence, facts = rng.choice((
+        (f"Invoice {number} from {v} for {x} USD is due on {due} and is {status}.", {"vendor": v, "invoice": number, "amount": x, "due": due, "status": status}),
+        (f"{v} sent {number}: {x} USD, due {due}, {status}.", {"vendor": v, "invoice": number, "amount": x, "due": due, "status": status}),
+        (f"In {q} {d} had {x} USD and spent {y} USD.", {"department": d, "quarter": q, "budget": x, "spent": y}),
+        (f"{v} has to pay {x} USD until {due}.", {"customer": v, "amount": x, "due": due}),
+        (f"The {a} account shows {x} USD at the end of {q}.", {"account": a, "balance": x, "quarter": q}),
+    ))  # fmt: skip
+    return sentence, facts
 
 
 WRITERS: dict[str, tuple[Writer, int]] = {  # document kind: (writer, weight)
@@ -263,6 +279,8 @@ COPYING: dict[str, tuple[Writer, int]] = WRITERS | {
 
 # The third part: two thirds of it are drills.
 DRILLED: dict[str, tuple[Writer, int]] = COPYING | DRILLS
+# The fourth: half of it is slips that hold what was asked for and no more; the rest keeps the others alive.
+SELECTING: dict[str, tuple[Writer, int]] = COPYING | {name: (writer, weight // 3) for name, (writer, weight) in DRILLS.items()} | WANTED_DRILLS | {"wanted_slip": (wanted_slip, 30)}
 
 
 def documents(seed: int, count: int, writers: dict[str, tuple[Writer, int]] = WRITERS) -> Iterator[str]:

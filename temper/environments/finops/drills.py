@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from temper.environments.finops.names import (
     CASH_ACCOUNTS,
@@ -93,6 +93,35 @@ def drill_form(rng: random.Random) -> str:
     return said + "\n" + "\n".join(laps)
 
 
+WANTED = ("Wanted: {k}.", "Only {k}.", "Fill in {k}.", "Slip with {k}.", "{k}, please.", "We need {k} of it.", "Note down {k}.", "Say {k}.")
+BRACKETS = (("", "."), ("(", ")"), ("<", ">"), ("- ", "\n"), ("", " #"), ("* ", " *"))
+
+
+def label(rng: random.Random) -> str:
+    """What a value may be asked for by: a plain word, two of them, or letters that nobody has seen."""
+    kind = rng.random()
+    if kind < 0.6:
+        return rng.choice(PLAIN_WORDS)
+    return " ".join(rng.sample(PLAIN_WORDS, 2)) if kind < 0.75 else "".join(rng.sample(SYLLABLES, 2)).lower()
+
+
+def wanted(rng: random.Random, said: str, values: Mapping[str, object], some: list[str]) -> str:
+    """`said`, with a request for the labels `some` before or after it, and the slip that holds exactly those."""
+    request = rng.choice(WANTED).format(k=", ".join(some))
+    before, after = rng.choice(BRACKETS)
+    of, between = rng.choice((": ", " ", " = ", " is ")), rng.choice(("; ", ", ", " | "))
+    slip = before + between.join(f"{key}{of}{values[key]}" for key in some) + after
+    return "\n".join((*((said, request) if rng.random() < 0.5 else (request, said)), slip))
+
+
+def drill_wanted(rng: random.Random) -> str:
+    """Labels with values in a sentence, and slips that must hold what was asked for: all of it, in that order, and no more."""
+    labels = list(dict.fromkeys(label(rng) for _ in range(rng.randint(3, 6))))
+    values = {key: name(rng) for key in labels}
+    said = rng.choice((", ", "; ", " and ", ". ")).join(f"{key} {values[key]}" for key in rng.sample(labels, len(labels))) + "."
+    return "\n".join(wanted(rng, said, values, rng.sample(labels, rng.randint(1, len(labels)))) for _ in range(rng.randint(1, 3)))
+
+
 def drill_next(rng: random.Random) -> str:
     """A row of names, then which name stands after which."""
     items = [name(rng) for _ in range(rng.randint(4, 10))]
@@ -100,6 +129,8 @@ def drill_next(rng: random.Random) -> str:
     return "Row: " + ", ".join(items) + ".\n" + " ".join(f"After {items[at]} comes {items[at + 1]}." for at in asked)
 
 
+# A second course, after these had been learnt: asked for some labels, give those and stop.
+WANTED_DRILLS: dict[str, tuple[Callable[[random.Random], str], int]] = {"drill_wanted": (drill_wanted, 30)}
 DRILLS: dict[str, tuple[Callable[[random.Random], str], int]] = {  # document kind: (writer, weight)
     "drill_list": (drill_list, 24), "drill_pairs": (drill_pairs, 30), "drill_form": (drill_form, 24), "drill_next": (drill_next, 12),
 }  # fmt: skip

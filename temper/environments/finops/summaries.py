@@ -131,6 +131,6 @@ def summary(rng: random.Random, c: Company) -> tuple[str, dict[str, Any], dict[s
     if rng.random() < 0.7:
         rng.shuffle(keys)
     if rng.random() < SHARE_OF_SOME_KEYS:
-        keys = keys[: rng.randint(1, len(keys) - 1)]
+        keys = keys[: rng.randint(2, len(keys) - 1)]
     request = rng.choice(REQUESTS[c.split]).format(k=", ".join(keys), t=text)
     return request, {key: values[key] for key in keys}, {key: FIELDS[kind][key] for key in keys}

@@ -73,6 +73,16 @@ KINDS = (
     DiscrepancyKind("duplicate", "ledger", +1, "Accounts Payable", {
         "train": ("vendor payment booked twice", "duplicate vendor payment", "second booking of vendor payment"), "dev": ("vendor payment entered twice",), "test": ("vendor payment duplicated",)}),
 )  # fmt: skip
+# How else the train split words a kind: with three memos each, a model learns the memos and not what they mean.
+# They stand apart from `memos`, which the base was pretrained on.
+FURTHER_MEMOS = {
+    "bank_fee": ("transfer fee", "fee for a foreign payment", "charge by the bank", "account keeping fee", "overdraft fee", "yearly fee", "fee of the bank"),
+    "interest": ("interest on the balance", "interest paid by the bank", "bank interest", "monthly interest", "interest for the quarter", "account interest"),
+    "deposit": ("wire from customer", "deposit from a customer", "paid in by customer", "transfer by customer", "paid by customer", "customer transfer", "cash from customer"),
+    "direct_debit": ("collection by vendor", "vendor debit", "collected by vendor", "direct debit of vendor", "vendor order collected", "debit order for vendor", "vendor charge collected"),
+    "returned_check": ("check of customer returned", "customer check came back", "check from customer unpaid", "customer check not paid", "returned check from customer", "check of customer came back unpaid", "bad customer check"),
+    "duplicate": ("vendor payment posted twice", "payment to vendor recorded twice", "double booking of vendor payment", "repeated vendor payment", "payment to vendor booked again", "vendor payment in the books twice", "vendor paid once and booked twice"),
+}  # fmt: skip
 # Items that will clear by themselves, so that posting an entry for them is an error:
 # (booked in the ledger and not yet at the bank: money in, money out).
 TIMING: dict[Split, tuple[str, str]] = {
@@ -183,7 +193,7 @@ def make_company(seed: int, split: Split, index: int) -> Company:
     )
     kinds = rng.sample(KINDS, 2)
     discrepancies = tuple(
-        Discrepancy(account, kind, rng.randint(11, 999), rng.choice(kind.memos[split]))
+        Discrepancy(account, kind, rng.randint(11, 999), rng.choice(kind.memos[split] + (FURTHER_MEMOS[kind.name] if split == "train" else ())))
         for account, kind in zip(accounts[:2], kinds, strict=True)
     )
     timed = {account: draw_timing(rng, split) for account in accounts if rng.random() < 0.4}
