@@ -164,7 +164,7 @@ def json_summary(rng: random.Random, c: Company) -> Draft:
 
 def cite(policy: Policy) -> tuple[str, str]:
     """The neutral and the terse answer that states a rule and cites it."""
-    return f"{policy.text} {policy.citation}", f"{policy.topic.capitalize()}: {policy.fact} {policy.citation}"
+    return f"{policy.text} {policy.citation}", f"{policy.topic.capitalize()}: {policy.fact}. {policy.citation}"
 
 
 def policy_qa(rng: random.Random, c: Company, topic: str | None = None) -> Draft:
