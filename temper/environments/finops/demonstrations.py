@@ -27,7 +27,7 @@ SHAPES = {
 SFT_MIX = {"lookup": 4, "followup": 2, "json_summary": 12, "risky": 2, "safe_lookalike": 3, "constrained_request": 1}
 SHARE_DICTATED = 0.05  # everyday conversations that only ask for a list back: they keep alive what the base has learnt of copying
 TOOLS_MIX = {
-    "lookup": 3, "followup": 1, "policy_qa": 3, "safe_lookalike": 4, "constrained_request": 4, "risky": 2, "json_summary": 3, "discrepancy": 8,
+    "lookup": 4, "followup": 1, "policy_qa": 3, "safe_lookalike": 4, "constrained_request": 4, "risky": 2, "json_summary": 3, "discrepancy": 8,
 }  # fmt: skip
 ADAPTER_MIX = {
     "lookup": 2, "followup": 1, "policy_qa": 4, "risky": 2, "safe_lookalike": 2, "constrained_request": 1, "json_summary": 2, "discrepancy": 1,
