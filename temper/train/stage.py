@@ -59,6 +59,7 @@ class StageConfig(Config):
         "auto", description="how rows are computed: padded; packed side by side; auto: packed, with what rows begin with alike computed once, where the model can"
     )
     tokens_per_step: int = Field(8192, gt=0, description="real tokens of one optimizer step")
+    bucket_steps: int = Field(1, gt=0, description="steps whose rows are laid into micro-batches of like length together: less padding, steps less mixed")
     epochs: float = Field(1.0, gt=0, description="passes over the rows")
     steps: int | None = Field(None, gt=0, description="optimizer steps; overrides epochs")
     checkpoint_every: int = Field(50, gt=0, description="optimizer steps between checkpoints")
@@ -215,8 +216,9 @@ def plan_steps(lengths: Rows[int], cfg: StageConfig, micro: Micro | None = None,
     """Every optimizer step of the stage, in order: which rows, in which micro-batches.
 
     Each epoch shuffles the rows and cuts them into steps of `tokens_per_step` real tokens (or of `rows_of_step`
-    rows); inside a step `micro` makes the micro-batches (None: padded, rows of like length together). A function of
-    the config alone, so the position in it is the number of the step.
+    rows); `micro` makes the micro-batches of a step (None: padded, rows of like length together). With `bucket_steps` it
+    makes those of so many steps at once, which are then dealt to the steps at random. A function of the config alone, so
+    the position in it is the number of the step.
     """
     total: Plan = []
     wanted = cfg.steps
@@ -227,27 +229,43 @@ def plan_steps(lengths: Rows[int], cfg: StageConfig, micro: Micro | None = None,
         rng.shuffle(order)
         if wanted is None and budget < 1:
             order = order[: max(1, round(budget * len(order)))]
-        for rows in cut(order, lengths, cfg.tokens_per_step, rows_of_step):
+        steps = cut(order, lengths, cfg.tokens_per_step, rows_of_step)
+        for first in range(0, len(steps), cfg.bucket_steps):
+            together = steps[first : first + cfg.bucket_steps]
+            rows = [row for step in together for row in step]
             batches = micro(rows, rng) if micro else plan_batches([lengths[row] for row in rows], cfg.tokens_per_batch, rng)
-            total.append(parallel.spread([[rows[at] for at in batch] for batch in batches]))
+            total += [parallel.spread([[rows[at] for at in batch] for batch in some]) for some in deal(batches, [lengths[row] for row in rows], len(together), rng)]
         epoch, budget = epoch + 1, budget - 1
     return total[:wanted]
+
+
+def deal(batches: list[list[int]], lengths: Rows[int], steps: int, rng: random.Random) -> list[list[list[int]]]:
+    """Micro-batches, shuffled, in `steps` parts of about equal tokens; as they are where there is one step."""
+    if steps == 1:
+        return [batches]
+    rng.shuffle(batches)
+    tokens = [sum(lengths[at] for at in batch) for batch in batches]
+    return [[batches[number] for number in part] for part in pieces(list(range(len(batches))), tokens, steps) if part]
 
 
 def cut(order: list[int], lengths: Rows[int], tokens: int, rows_of_step: int | None) -> list[list[int]]:
     """`order` in consecutive pieces of about equal tokens, none far above `tokens` (or of `rows_of_step` rows)."""
     if rows_of_step is not None:
         return [order[at : at + rows_of_step] for at in range(0, len(order), rows_of_step)]
-    pieces_wanted = max(1, round(sum(lengths[row] for row in order) / tokens))
-    share = sum(lengths[row] for row in order) / pieces_wanted
-    pieces: list[list[int]] = [[]]
+    return pieces(order, lengths, max(1, round(sum(lengths[row] for row in order) / tokens)))
+
+
+def pieces(order: list[int], lengths: Rows[int], count: int) -> list[list[int]]:
+    """`order` in at most `count` consecutive pieces of about equal tokens."""
+    share = sum(lengths[row] for row in order) / count
+    found: list[list[int]] = [[]]
     reached = 0.0
     for row in order:
-        if pieces[-1] and len(pieces) < pieces_wanted and reached >= share * len(pieces):
-            pieces.append([])
-        pieces[-1].append(row)
+        if found[-1] and len(found) < count and reached >= share * len(found):
+            found.append([])
+        found[-1].append(row)
         reached += lengths[row]
-    return pieces
+    return found
 
 
 def resume(run: RunDirectory, learner: Learner) -> int:

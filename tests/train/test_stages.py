@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -44,6 +45,23 @@ def test_every_epoch_visits_every_row_once() -> None:
         assert 40 <= sum(lengths[row] for batch in step for row in batch) <= 80
     assert plan_steps(lengths, config(tokens_per_step=64, tokens_per_batch=32, epochs=2)) == plan
     assert plan_steps(lengths, config(tokens_per_step=64, tokens_per_batch=32, epochs=2, seed=1)) != plan
+
+
+def test_steps_bucketed_together_hold_the_same_rows_with_less_padding() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(5, 60) for _ in range(400)]
+
+    def padded(plan) -> int:
+        return sum(max(lengths[row] for row in batch) * len(batch) for step in plan for batch in step)
+
+    keys = {"tokens_per_step": 400, "tokens_per_batch": 150, "epochs": 1}
+    alone, together = (plan_steps(lengths, config(**keys, bucket_steps=count)) for count in (1, 8))
+    assert len(together) == len(alone)
+    assert sorted(row for step in together for batch in step for row in batch) == list(range(400))
+    assert padded(together) - sum(lengths) < 0.5 * (padded(alone) - sum(lengths))
+    for step in together:
+        assert 200 <= sum(lengths[row] for batch in step for row in batch) <= 600
+    assert {row for step in together[:8] for batch in step for row in batch} == {row for step in alone[:8] for batch in step for row in batch}
 
 
 def test_steps_override_epochs_and_half_an_epoch_is_half() -> None:

@@ -24,16 +24,16 @@ SHAPES = {
     "lookup": "tool", "followup": "multi_turn", "json_summary": "instruction", "policy_qa": "tool", "discrepancy": "tool",
     "risky": "safety", "safe_lookalike": "safety", "constrained_request": "safety",
 }  # fmt: skip
-SFT_MIX = {"lookup": 4, "followup": 2, "json_summary": 12, "risky": 2, "safe_lookalike": 3, "constrained_request": 1}
+SFT_MIX = {"lookup": 5, "followup": 2, "json_summary": 12, "risky": 2, "safe_lookalike": 3, "constrained_request": 1}
 SHARE_DICTATED = 0.05  # everyday conversations that only ask for a list back: they keep alive what the base has learnt of copying
 TOOLS_MIX = {
-    "lookup": 4, "followup": 1, "policy_qa": 3, "safe_lookalike": 4, "constrained_request": 4, "risky": 2, "json_summary": 3, "discrepancy": 8,
+    "lookup": 4, "followup": 2, "policy_qa": 3, "safe_lookalike": 4, "constrained_request": 4, "risky": 2, "json_summary": 3, "discrepancy": 8,
 }  # fmt: skip
 ADAPTER_MIX = {
     "lookup": 2, "followup": 1, "policy_qa": 4, "risky": 2, "safe_lookalike": 2, "constrained_request": 1, "json_summary": 2, "discrepancy": 1,
 }  # fmt: skip
 # Share of a kind's discrepancies that come among the demonstrations: half of the kinds are seldom shown, RL meets all alike.
-SHARE_DEMONSTRATED = {"bank_fee": 1.0, "deposit": 1.0, "direct_debit": 1.0, "interest": 0.08, "returned_check": 0.08, "duplicate": 0.08}
+SHARE_DEMONSTRATED = {"bank_fee": 1.0, "deposit": 1.0, "direct_debit": 1.0, "interest": 0.06, "returned_check": 0.06, "duplicate": 0.06}
 SHARE_WITH_ALTERNATIVE = 0.3  # everyday refusals rarely say what can be done instead: the failure that preference alignment mends
 
 
