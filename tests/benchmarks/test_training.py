@@ -29,16 +29,17 @@ def test_operations_by_hand():
     # width 4, two layers, one head of 4, inner 8, V 10: a layer has 4·4·4 + 3·4·8 = 160 weights; LoRA of rank 16: 16·(4·8 + 3·12)
     model = workloads.Architecture(4, 2, 1, 1, 8, 10)
     assert (model.body, model.adapters) == (320, 2 * 16 * 68)
+    assert (model.mlp, model.mlp_adapters) == (96, 16 * 36)  # of one layer: the last one's runs where it is read
     workloads.MODELS["hand"] = model
     base = workloads.Workload("hand", "", "sft", "hand", rows=1, step_rows=1, peer_rows=1, lengths=(10, 10))
     try:
         # 10 tokens of which 4 are trained; 55 pairs attend at 4·2·4 operations; forward and backward are three times that
-        assert workloads.measure(base) == workloads.Size(10, 10, 6 * 320 * 10 + 3 * 32 * 55 + 6 * 40 * 4, 0.0)
+        assert workloads.measure(base) == workloads.Size(10, 10, 6 * (320 * 10 - 96 * 6) + 3 * 32 * 55 + 6 * 40 * 4, 0.0)
         pair = replace(base, kind="dpo", lora=True, lengths=(5, 5), answers=(2, 2))
         # the prompt once: 5 + 2 + 2 tokens; 15 pairs in it, 2·5 + 3 for each answer; four answer tokens in the head
         attended = 32 * (15 + 2 * 13)
-        step = (4 * 320 + 6 * 2176) * 9 + 3 * attended + 4 * 40 * 4
-        assert workloads.measure(pair) == workloads.Size(1, 9, step, 2 * 320 * 9 + attended + 2 * 40 * 4)
+        step = (4 * 320 + 6 * 2176) * 9 - (4 * 96 + 6 * 576) * 5 + 3 * attended + 4 * 40 * 4
+        assert workloads.measure(pair) == workloads.Size(1, 9, step, 2 * (320 * 9 - 96 * 5) + attended + 2 * 40 * 4)
     finally:
         del workloads.MODELS["hand"]
 
