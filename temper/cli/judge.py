@@ -17,7 +17,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         "evaluate", epilog="Example: temper evaluate configs/evaluate.yaml model=runs/demo/sft/model name=sft out=runs/evaluate/sft"
     )(evaluate)
-    app.command("gate", epilog="Example: temper gate configs/gate.yaml --candidate runs/evaluate/rl --baseline runs/evaluate/sft")(gate)
+    app.command("gate", epilog="Example: temper gate configs/gate.yaml --candidate runs/demo/evaluate/release --baseline runs/demo/evaluate/base")(gate)
 
 
 def evaluate(

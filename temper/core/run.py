@@ -98,6 +98,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
+        self.described: dict[str, Any] = {}
         self.trackers: tuple[Tracker, ...] = ()
 
     @classmethod
@@ -108,21 +109,32 @@ class RunDirectory:
 
         Work of another key that stands there is removed: its outputs would be taken for this one's.
         """
-        key = hash_value({"stage": stage, "config": config, "inputs": inputs, "source": source_hash(*rooms)})
-        run = cls(path, key)
-        described = path / "stage.json"
-        if described.is_file() and read_json(described)["key"] != key:
+        run = cls.planned(path, stage=stage, config=config, inputs=inputs, rooms=rooms)
+        run.open()
+        return run
+
+    @classmethod
+    def planned(
+        cls, path: Path, *, stage: str, config: dict[str, Any], inputs: dict[str, str], rooms: tuple[str, ...] = TRAINING_ROOMS
+    ) -> RunDirectory:
+        """The same work without touching the disk: for one that may be refused before it has anything to write."""
+        run = cls(path, hash_value({"stage": stage, "config": config, "inputs": inputs, "source": source_hash(*rooms)}))
+        run.described = {"key": run.key, "stage": stage, "config": config, "inputs": inputs}
+        return run
+
+    def open(self) -> None:
+        """Make the folder this work's own; see `create`."""
+        path, described = self.path, self.path / "stage.json"
+        if described.is_file() and read_json(described)["key"] != self.key:
             # at once, or a kill in the middle would leave checkpoints of that work under this one's name
             path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}"))
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             sweep(path)
         if not described.is_file():
-            write_json(described, {
-                "key": key, "stage": stage, "config": config, "inputs": inputs, "code": code_revision(),
-                "versions": versions(), "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            write_json(described, self.described | {
+                "code": code_revision(), "versions": versions(), "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             })  # fmt: skip
-        return run
 
     @property
     def done(self) -> bool:

@@ -125,17 +125,22 @@ def _heldout(items: Iterable[HeldoutTask | Conversation | str]) -> tuple[list[He
     return tasks, fingerprints
 
 
-def write_manifest(folder: Path, admission: Admission) -> Manifest:
-    """Write the admitted records and their manifest into `folder`, whole or not at all, and return the manifest.
-
-    Raises ManifestError, and writes nothing, where no record was admitted.
-    """
+def require_some(admission: Admission) -> None:
+    """Raise ManifestError, with the first refusal, where no record was admitted."""
     if not admission.admitted:
         counts = ", ".join(f"{rule} {count}" for rule, count in admission.counts.items())
         first = f"; the first refusal: {admission.refusals[0].reason}" if admission.refusals else ""
         raise ManifestError(
             f"manifest {admission.name!r} would admit nothing", why=f"{counts}{first}", do="mend the data, or the rules that refuse it"
         )
+
+
+def write_manifest(folder: Path, admission: Admission) -> Manifest:
+    """Write the admitted records and their manifest into `folder`, whole or not at all, and return the manifest.
+
+    Raises ManifestError, and writes nothing, where no record was admitted.
+    """
+    require_some(admission)
     with whole_folder(folder) as scratch:
         write_jsonl(scratch / RECORDS_FILE, admission.admitted)
         manifest = Manifest(

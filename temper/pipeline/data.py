@@ -8,16 +8,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from temper.core.config import Config as CoreConfig
+from temper.core.config import parse_config
 from temper.core.errors import ConfigError
 from temper.core.hashing import hash_file
-from temper.core.records import Manifest, Provenance, Record, Refusal, Split
+from temper.core.records import Provenance, Record, Refusal, Split
 from temper.core.run import TRAINING_ROOMS, RunDirectory
 from temper.core.storage import folder_hash
 from temper.environments import load_environment
-from temper.firewall.admission import admit, write_manifest
+from temper.firewall.admission import Admission, admit, require_some, write_manifest
 from temper.firewall.contamination import HeldoutTask, heldout_task
 from temper.firewall.rules import AdmissionRules
 from temper.traces.importers import import_records
@@ -83,12 +84,14 @@ def run(cfg: Config) -> dict[str, Any]:
     inputs = {source.path: hash_file(Path(source.path)) for source in sources if source.path and Path(source.path).is_file()}
     inputs |= {source.sample: folder_hash(Path(source.sample)) for source in sources if source.sample}
     rooms = (*TRAINING_ROOMS, *DATA_ROOMS) if any(source.sample for source in sources) else DATA_ROOMS
-    folder = RunDirectory.create(Path(cfg.out), stage="data", config=cfg.model_dump(mode="json"), inputs=inputs, rooms=rooms)
+    folder = RunDirectory.planned(Path(cfg.out), stage="data", config=cfg.model_dump(mode="json"), inputs=inputs, rooms=rooms)
     if folder.done:
         print(f"unchanged: data in {cfg.out} (key {folder.key[:12]})")
         return folder.result()
     heldout = heldout_tasks(cfg)
-    counts = {name: admit_set(name, item, cfg, heldout).counts for name, item in cfg.sets.items()}
+    admitted = {name: admit_set(name, item, cfg, heldout) for name, item in cfg.sets.items()}
+    folder.open()  # only now: what is refused leaves the data of an earlier run where it stands
+    counts = {name: write_manifest(Path(cfg.out) / name, admission).counts for name, admission in admitted.items()}
     return folder.finish({"manifests": counts}, started)
 
 
@@ -100,8 +103,8 @@ def heldout_tasks(cfg: Config) -> list[HeldoutTask]:
     return [heldout_task(task) for split in cfg.heldout for task in environment.tasks(split, cfg.heldout_limit)]
 
 
-def admit_set(name: str, item: SetConfig, cfg: Config, heldout: list[HeldoutTask]) -> Manifest:
-    """Generate or import the records of one set, admit them, write the manifest."""
+def admit_set(name: str, item: SetConfig, cfg: Config, heldout: list[HeldoutTask]) -> Admission:
+    """Generate or import the records of one set and judge them. Raises ManifestError where none is admitted."""
     records: list[Record] = []
     rows: list[str] = []
     refused: list[Refusal] = []
@@ -119,9 +122,11 @@ def admit_set(name: str, item: SetConfig, cfg: Config, heldout: list[HeldoutTask
             records += imported.records
             rows += imported.rows
             refused += imported.refusals
-    rules = AdmissionRules.model_validate({"splits": (item.split,), **cfg.rules, **item.rules})
+    rules = parse_config(AdmissionRules, {"splits": (item.split,), **cfg.rules, **item.rules})
     compared = heldout if item.split == "train" else []
-    return write_manifest(Path(cfg.out) / name, admit(records, name=name, heldout=compared, rules=rules, rows=rows, refused=refused))
+    admission = admit(records, name=name, heldout=compared, rules=rules, rows=rows, refused=refused)
+    require_some(admission)
+    return admission
 
 
 def call_generator(source: Source, seed: int, split: Split) -> Iterable[Record]:
@@ -169,9 +174,9 @@ def provenance_of(source: Source, split: Split) -> Provenance:
     """The provenance that a file's rows get. Raises ConfigError naming what is missing."""
     try:
         return Provenance.model_validate({"source": source.path, "split": split, **source.provenance})
-    except ValueError as error:
+    except ValidationError as error:
         raise ConfigError(
             f"source {source.path} has no complete provenance",
-            why=str(error),
-            do="give licence, privacy, access and synthetic under `provenance:`",
+            why="; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()),
+            do="state licence, privacy, access and synthetic: under `provenance:` in a file, by the options of that name for `temper data admit`",
         ) from error

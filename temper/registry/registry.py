@@ -290,8 +290,8 @@ class Registry:
         if len(stack) < 2:
             raise ReleaseError(
                 f"alias {alias!r} has nothing to roll back to",
-                why=f"it has pointed at {len(stack)} distinct release(s)",
-                do="promote another release",
+                why="nothing stands before the release it points at" if stack else "it points at no release",
+                do="promote a release by its id; `temper releases history` shows every move",
             )
         release = self.verify(stack[-2])
         self._require_alive(release, override=override)

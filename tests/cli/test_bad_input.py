@@ -70,6 +70,21 @@ def untouched(folder: Path) -> None:
     assert left == []
 
 
+def test_a_refused_admission_leaves_the_data_of_an_earlier_one(tmp_path):
+    """A licence that is not allowed, a rules file with a misspelt key, a privacy class that does not exist: each refused, nothing lost."""
+    kept = admitted(tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    (tmp_path / "rules.yaml").write_text("licence: [internal-use]\n")
+    again = ("data", "admit", tmp_path / "good.jsonl", "--out", tmp_path / "data", "--access", "team")
+    refused(temper(tmp_path / "a", *again, "--licence", "GPL-9", "--privacy", "internal"), "would admit nothing")
+    refused(temper(tmp_path / "b", *again, "--licence", "MIT", "--privacy", "internal", "--rules", tmp_path / "rules.yaml"), "licence", "licences")
+    told = temper(tmp_path / "c", *again, "--licence", "MIT", "--privacy", "private")
+    refused(told, "privacy: ")
+    assert "errors.pydantic.dev" not in told.err
+    assert kept.is_dir()
+    assert {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()} == before
+
+
 def test_the_stage_file_that_the_others_spoil_works(base, tmp_path):
     admitted(tmp_path)
     told = temper(tmp_path / "told", "run", sft(tmp_path, base), "--json")
