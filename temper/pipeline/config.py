@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from temper.core.config import Config as CoreConfig
 from temper.core.config import apply_overrides, interpolate, read_yaml
@@ -67,9 +67,17 @@ class PipelineConfig(CoreConfig):
     limit: int | None = Field(None, ge=1, description="dev tasks a slice after each phase")
     sealed_limit: int | None = Field(None, ge=1, description="tasks a slice on the sealed split, once")
     options: Options = Options()
-    ledger: str = "${run}/looks.jsonl"
+    ledger: str = Field("", description="where every look at the sealed split is recorded; left out: looks.jsonl in the run folder")
     release: ReleaseConfig
     report: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def ledger_in_the_run(cls, values: Any) -> Any:
+        """Where no ledger is named, it stands in the run folder."""
+        if isinstance(values, dict) and not values.get("ledger"):
+            return values | {"ledger": f"{values.get('run', cls.model_fields['run'].default)}/looks.jsonl"}
+        return values
 
     def phase(self, name: str) -> Phase:
         """The phase of that name."""

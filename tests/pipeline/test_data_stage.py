@@ -81,3 +81,11 @@ def test_a_phase_is_compared_with_one_that_comes_before_it(name):
         assert phase.against is None or phase.against in seen, phase.name
         seen.append(phase.name)
     assert {cfg.release.phase, cfg.release.baseline, cfg.release.student} <= set(seen)
+
+
+def test_looks_stand_in_the_run_folder_where_no_ledger_is_named(tmp_path):
+    """A default that held ${run} was never filled in: the record of looks landed in a folder of that very name."""
+    values = Path("configs/finops.yaml").read_text().replace("ledger: ${run}/looks.jsonl\n", "")
+    (tmp_path / "lap.yaml").write_text(values)
+    assert load_config(PipelineConfig, tmp_path / "lap.yaml", [f"run={tmp_path}/mine"]).ledger == f"{tmp_path}/mine/looks.jsonl"
+    assert load_config(PipelineConfig, Path("configs/finops.yaml")).ledger == "runs/demo/looks.jsonl"
