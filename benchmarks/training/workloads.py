@@ -38,7 +38,7 @@ class Architecture:
     def body(self) -> int:
         """Weights of the matrices between embeddings and head."""
         attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.width * self.inner)
+        return self.layers * (attention + self.mlp)
 
     @property
     def mlp(self) -> int:

@@ -48,7 +48,7 @@ def run(
 
 
 def say_what_is_logged() -> None:
-    """Put the rooms' log on stderr: device and precision, how rows are laid out and why, what was passed over."""
+    """Put the rooms' log on stderr: how rows are laid out and why, what a base in four bits takes, what is not as it was asked for."""
     log = logging.getLogger("temper")
     if log.handlers or os.environ.get("RANK", "0") != "0":
         return

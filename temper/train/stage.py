@@ -54,7 +54,7 @@ class StageConfig(Config):
     threads: int | None = Field(None, gt=0, description="CPU threads; null leaves torch's choice")
     optim: OptimConfig = OptimConfig()
     max_tokens: int = Field(1024, gt=1, description="longest row; a longer one is cut, and refused where nothing trained is left")
-    tokens_per_batch: int = Field(8192, gt=0, description="positions computed at once, a micro-batch: memory, never the gradient")
+    tokens_per_batch: int = Field(8192, gt=0, description="positions computed at once, a micro-batch: memory, never the gradient; with bucket_steps above 1 also which rows share a step")
     layout: Literal["auto", "padded", "packed"] = Field(
         "auto", description="how rows are computed: padded; packed side by side; auto: packed, with what rows begin with alike computed once, where the model can"
     )
