@@ -7,7 +7,7 @@ import torch
 from policy_doubles import CONFIGS, make_batch, tiny_policy
 from torch.nn import functional as F
 
-from temper.policy import attention, lean
+from temper.policy import attention, blocks, lean
 from temper.policy.products import prefer_onednn, times_transposed
 
 LENGTHS = [130, 70, 33]
@@ -22,8 +22,10 @@ def setting(seed: int, rows: int, heads: int, key_heads: int, positions: int, si
 @pytest.mark.parametrize(("heads", "key_heads", "positions"), [(4, 2, 150), (4, 4, 64), (6, 1, 65), (2, 2, 1), (8, 2, 7)])
 @pytest.mark.parametrize("keep", [True, False])
 def test_blocks_attend_like_the_whole(heads, key_heads, positions, keep, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK_SCORES", 4096)  # several rows of blocks
-    monkeypatch.setattr(attention, "KEEP_BYTES", attention.KEEP_BYTES if keep else 0)
+    monkeypatch.setattr(blocks, "QUERIES", 48)  # several blocks a row
+    monkeypatch.setattr(blocks, "LARGEST_SCORES", 4096)  # several batches of one shape
+    monkeypatch.setattr(blocks, "KEPT_BYTES", blocks.KEPT_BYTES if keep else 0)
+    attention.causal.cache_clear()
     inputs, grad = setting(0, 3, heads, key_heads, positions, 8)
     found_in, exact_in = [[item.detach().clone().to(dtype).requires_grad_() for item in inputs] for dtype in (torch.float32, torch.float64)]
     found, _ = attention.attention(torch.nn.Module(), *found_in, None, scaling=0.3)

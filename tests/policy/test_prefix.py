@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from temper.data.batch import Batch, collate
 from temper.data.layout import Span, lay_out
 from temper.data.sequence import Sequence
-from temper.policy import attention, losses, varlen
+from temper.policy import attention, blocks, losses, varlen
 from temper.policy.adapters import LoraConfig
 from temper.policy.attention import Seen
 from temper.policy.model import Policy
@@ -204,9 +204,10 @@ def spans() -> tuple[Span, ...]:
 
 @pytest.mark.parametrize("window", [None, 1, 7, 64, 65, 80, 500])
 @pytest.mark.parametrize(("heads", "key_heads", "value_size"), [(4, 2, 8), (2, 2, 5)])
-@pytest.mark.parametrize("keep", [True, False])
-def test_blocks_of_a_tree_attend_like_a_dense_mask_in_float64(window, heads, key_heads, value_size, keep, monkeypatch):
-    monkeypatch.setattr(attention, "KEEP_BYTES", attention.KEEP_BYTES if keep else 0)
+@pytest.mark.parametrize(("keep", "queries"), [(True, 256), (True, 32), (False, 32)])
+def test_blocks_of_a_tree_attend_like_a_dense_mask_in_float64(window, heads, key_heads, value_size, keep, queries, monkeypatch):
+    monkeypatch.setattr(blocks, "KEPT_BYTES", blocks.KEPT_BYTES if keep else 0)
+    monkeypatch.setattr(blocks, "QUERIES", queries)
     generator = torch.Generator().manual_seed(0)
     seen = Seen(spans(), window)
     shapes = ((2, 180, heads, 8), (2, 180, key_heads, 8), (2, 180, key_heads, value_size))
