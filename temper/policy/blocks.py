@@ -87,17 +87,19 @@ class Plan:
             for block in cut(span, positions, window):
                 by_shape.setdefault(block.shape, []).append(block)
         self.batches: list[Batch] = []
-        ordered: list[Block] = []
+        batched: list[list[Block]] = []
         for (queries, keys), alike in by_shape.items():
             height = max(1, LARGEST_SCORES // (heads * queries * keys))
             for start in range(0, len(alike), height):
                 some = alike[start : start + height]
-                ordered += some
+                batched.append(some)
                 self.batches.append(Batch(len(some), queries, keys, hidden(some, window)))
         self.heads, self.key_heads = heads, key_heads
         total = rows * positions
-        self.of_queries = gather([(block.queries, len(block.queries), block.shape[0]) for block in ordered], heads, total)
-        self.of_keys = gather([(block.keys, len(block.queries), block.shape[1]) for block in ordered], key_heads, total)
+        queries_of = [[(block.queries, len(block.queries)) for block in some] for some in batched]
+        keys_of = [[(block.keys, len(block.queries)) for block in some] for some in batched]
+        self.of_queries = gather(queries_of, [batch.queries for batch in self.batches], heads, total)
+        self.of_keys = gather(keys_of, [batch.keys for batch in self.batches], key_heads, total)
         self.scores = heads * sum(batch.size * batch.queries * batch.keys for batch in self.batches)
 
     def parts(self) -> list[tuple[slice, slice]]:
@@ -144,24 +146,24 @@ def hidden(blocks: Sequence[Block], window: int | None) -> Tensor:
     return (ahead_n_Q_K < 0) if window is None else (ahead_n_Q_K < 0) | (ahead_n_Q_K >= window)
 
 
-def gather(blocks: Sequence[tuple[list[int], int, int]], heads: int, total: int) -> Gather:
-    """The gather of `total` tokens into blocks, each (tokens, how many of the last are its own, padded length), head by head."""
-    at, own, real = [], [], []
-    for tokens, owned, length in blocks:
-        spare = length - len(tokens)
-        at.append(_by_head(torch.tensor(tokens + tokens[-1:] * spare), heads))
-        there = torch.arange(length)
-        own.append(((there >= len(tokens) - owned) & (there < len(tokens))).repeat(heads))
-        real.append((there < len(tokens)).repeat(heads))
+def gather(batches: Sequence[Sequence[tuple[list[int], int]]], lengths: Sequence[int], heads: int, total: int) -> Gather:
+    """The gather of `total` tokens into batches of blocks, each (tokens, how many of the last are its own), head by head."""
+    at: list[Tensor] = []
+    own: list[Tensor] = []
+    real: list[Tensor] = []
+    for blocks, length in zip(batches, lengths, strict=True):
+        tokens_n_Q = torch.tensor([tokens + tokens[-1:] * (length - len(tokens)) for tokens, _ in blocks])
+        end_n_1 = torch.tensor([[len(tokens)] for tokens, _ in blocks])
+        owned_n_1, place_Q = torch.tensor([[owned] for _, owned in blocks]), torch.arange(length)
+        real_n_Q = place_Q < end_n_1
+        at.append((tokens_n_Q[:, None] * heads + torch.arange(heads)[:, None]).flatten())
+        for found, mask_n_Q in ((own, real_n_Q & (place_Q >= end_n_1 - owned_n_1)), (real, real_n_Q)):
+            found.append(mask_n_Q[:, None].expand(-1, heads, -1).flatten())
     at_P, own_P, real_P = torch.cat(at), torch.cat(own), torch.cat(real)
     back = torch.full((total * heads,), len(at_P))
     mine = own_P.nonzero().squeeze(1)
     back[at_P[mine]] = mine
     return Gather(at_P, back, (~real_P).nonzero().squeeze(1), (real_P & ~own_P).nonzero().squeeze(1))
-
-
-def _by_head(tokens_Q: Tensor, heads: int) -> Tensor:
-    return (tokens_Q * heads + torch.arange(heads)[:, None]).flatten()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, plan: Plan) -> Tensor:

@@ -49,7 +49,7 @@ def token_values(
 ) -> TokenValues:
     """Log-probs, entropy and log Z of each row at `temperature`, over the allowed tokens; differentiable."""
     check_rows(hidden_N_D, head, targets_N)
-    values = _TokenValues.apply(hidden_N_D, head.weight_V_D, head.bias_V, targets_N, head, support, temperature, entropy)
+    values = _TokenValues.apply(hidden_N_D, *trained(head), targets_N, head, support, temperature, entropy)
     return TokenValues(values[0], values[1] if entropy else None, values[2])
 
 
@@ -61,7 +61,7 @@ def cross_entropy(
     Gradients are formed in the forward, so the backward costs one multiplication by a scalar.
     """
     check_rows(hidden_N_D, head, targets_N)
-    total, logprobs_N, logz_N = _CrossEntropy.apply(hidden_N_D, head.weight_V_D, head.bias_V, targets_N, weights_N, head, z_loss)
+    total, logprobs_N, logz_N = _CrossEntropy.apply(hidden_N_D, *trained(head), targets_N, weights_N, head, z_loss)
     return total, logprobs_N, logz_N
 
 
@@ -86,8 +86,15 @@ def divergence(
     `teacher(rows)` gives the teacher's logits of these rows, `measure` takes log-probabilities [R, V] of both and
     returns [R]. Gradients are formed in the forward; neither model's logits ever exist whole.
     """
-    total, values_N = _Divergence.apply(hidden_N_D, head.weight_V_D, head.bias_V, weights_N, head, teacher, measure, temperature)
+    total, values_N = _Divergence.apply(hidden_N_D, *trained(head), weights_N, head, teacher, measure, temperature)
     return total, values_N
+
+
+def trained(head: Head) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as autograd is to see them: under `no_grad` a function is told all the same that they want gradients."""
+    if torch.is_grad_enabled():
+        return head.weight_V_D, head.bias_V
+    return head.weight_V_D.detach(), None if head.bias_V is None else head.bias_V.detach()
 
 
 class _CrossEntropy(torch.autograd.Function):

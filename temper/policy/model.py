@@ -193,7 +193,8 @@ class Policy:
     def divergence(self, batch: Batch, teacher: Policy, measure: Divergence, *, temperature: float = 1.0) -> LossOut:
         """Σ weight·measure(self, teacher) over supervised positions, for example `losses.reverse_kl` (white-box distillation).
 
-        The teacher scores the same tokens, so its vocabulary must be this one's: across tokenizers DataError.
+        The teacher scores the same tokens, so its vocabulary must be this one's: across tokenizers DataError. Where one head has
+        more rows than the other (padding behind the vocabulary), both are normalised over the rows they have in common.
         """
         if teacher.tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise DataError(
@@ -204,9 +205,10 @@ class Policy:
         at_N, hidden_N_D, _ = self.supervised(batch)
         with torch.no_grad():
             _, teacher_N_D, _ = teacher.supervised(batch)
-        of_teacher, weights_N = teacher.head, batch.weights_B_T.flatten()[at_N]
+        rows = min(len(self.head.weight_V_D), len(teacher.head.weight_V_D))
+        of_teacher, weights_N = teacher.head.first(rows), batch.weights_B_T.flatten()[at_N]
         total, values_N = divergence(
-            hidden_N_D, self.head, lambda rows: of_teacher.logits(teacher_N_D[rows]), weights_N, measure, temperature=temperature
+            hidden_N_D, self.head.first(rows), lambda tile: of_teacher.logits(teacher_N_D[tile]), weights_N, measure, temperature=temperature
         )
         return LossOut(total, batch.mask_B_T.sum(), {"divergence": values_N.sum()})
 
@@ -362,6 +364,7 @@ class Policy:
     def clone_reference(self) -> Policy:
         """A frozen copy in evaluation mode, adapters included: what this policy is now stays its reference."""
         clone = copy.copy(self)
+        clone.version = 0  # of a policy that was never trained since it came to be
         clone.model, clone.router = copy.deepcopy((self.model, self.router))
         clone.model.eval().requires_grad_(False)
         clone.lean, clone.packing = Lean(clone.model, clone.model.get_decoder()), Packing(clone)

@@ -29,6 +29,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "trainable_token_indices": (None, []),
     "megatron_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others (PiSSA, OLoRA, CorDA, LoftQ) change the base
 }
 
 

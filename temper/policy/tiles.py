@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,11 @@ class Head:
         """The most rows of one tile."""
         device = "cpu" if self.weight_V_D.device.type == "cpu" else "cuda"
         return self.rows or min(TILE_ROWS[device], max(SHORTEST_TILE, TILE_LOGITS[device] // self.weight_V_D.shape[0]))
+
+    def first(self, tokens: int) -> Head:
+        """The head over the first `tokens` of its vocabulary alone."""
+        bias_V = None if self.bias_V is None else self.bias_V[:tokens]
+        return self if tokens == len(self.weight_V_D) else replace(self, weight_V_D=self.weight_V_D[:tokens], bias_V=bias_V)
 
     def tiles(self, count: int) -> Iterator[slice]:
         """`count` rows in as few tiles as hold them, all about equally tall."""

@@ -8,7 +8,7 @@ from policy_doubles import make_batch, tiny_checkpoint, tiny_policy
 from transformers import AutoModelForCausalLM
 
 from temper.core.errors import ConfigError, DataError, IntegrityError, ShapeError
-from temper.core.storage import read_json, write_json
+from temper.core.storage import FILES, read_json, write_json
 from temper.policy.adapters import LoraConfig
 from temper.policy.lora_linear import LoraLinear, Route, drop
 from temper.policy.model import Policy
@@ -178,6 +178,16 @@ def test_we_load_what_peft_saves_with_equal_logits(tmp_path, rslora):
     policy = Policy.load(base, precision="float32")
     policy.load_adapter("theirs", tmp_path / "adapter")
     torch.testing.assert_close(logits(policy, batch, ["theirs"] * 4), peft(batch.tokens_B_T).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq", "corda"])
+def test_an_adapter_that_stands_on_a_changed_base_is_refused(tmp_path, start):
+    """These starts take what the factors begin with out of the base, so beside the plain base they are another model."""
+    with_adapters().save_adapter("bank_a", tmp_path / "adapter")
+    write_json(tmp_path / "adapter" / "adapter_config.json", read_json(tmp_path / "adapter" / "adapter_config.json") | {"init_lora_weights": start})
+    (tmp_path / "adapter" / FILES).unlink()  # as another program writes one
+    with pytest.raises(DataError, match=f"init_lora_weights='{start}'"):
+        tiny_policy().load_adapter("bank_a", tmp_path / "adapter")
 
 
 def test_an_adapter_comes_back_with_the_same_content_hash_under_any_name(tmp_path):

@@ -10,6 +10,7 @@ from policy_doubles import make_batch, tiny_policy
 from torch.autograd import gradcheck
 
 from temper.core.errors import DataError, ShapeError
+from temper.policy import head as head_module
 from temper.policy import losses
 from temper.policy.head import GRADIENTS, Head, by_autograd, cross_entropy, divergence, token_values
 from temper.policy.support import Support
@@ -249,3 +250,36 @@ def test_a_student_learns_its_teacher_and_not_across_tokenizers():
     student.tokenizer.add_tokens(["new"])
     with pytest.raises(DataError, match="different tokenizers"):
         student.divergence(batch, teacher, losses.forward_kl)
+
+
+def test_without_gradients_no_gradient_of_the_head_is_formed(monkeypatch):
+    """A trained head in evaluation: its gradient would be as large as the head, and nobody would take it."""
+    asked = []
+
+    class Watched(head_module.Gradients):
+        def __init__(self, hidden_N_D, head, *needs):
+            asked.append(needs)
+            super().__init__(hidden_N_D, head, *needs)
+
+    monkeypatch.setattr(head_module, "Gradients", Watched)
+    policy, batch = tiny_policy(), make_batch([9, 5])
+    with torch.no_grad():
+        quiet = [policy.cross_entropy(batch).total, policy.divergence(batch, policy, losses.reverse_kl).total]
+    assert asked == [(False, False, False)] * 2
+    assert float(policy.cross_entropy(batch).total.detach()) == float(quiet[0])
+    assert asked[-1] == (True, True, False)
+
+
+def test_heads_with_other_padding_behind_one_vocabulary_are_compared_over_what_they_share():
+    """Qwen2.5's 7B has 152,064 rows, its 0.5B 151,936, for the same tokens."""
+    batch, checks = make_batch([9, 5]), []
+    for wider in ("teacher", "student"):
+        teacher, student = tiny_policy(), tiny_policy(seed=1)
+        expected = student.divergence(batch, teacher, losses.reverse_kl).total.detach()
+        chosen = teacher if wider == "teacher" else student
+        chosen.model.resize_token_embeddings(len(chosen.head.weight_V_D) + 8)
+        found = student.divergence(batch, teacher, losses.reverse_kl).total
+        found.backward()
+        checks.append(float(student.head.weight_V_D.grad[len(teacher.tokenizer) :].abs().sum()) if wider == "student" else 0.0)
+        torch.testing.assert_close(found.detach(), expected)
+    assert checks == [0.0, 0.0]

@@ -180,7 +180,9 @@ def test_a_supervised_first_position_is_refused():
 
 def test_a_reference_keeps_what_the_policy_was():
     policy, batch = tiny_policy(), make_batch(LENGTHS)
+    policy.version = 3
     reference, before = policy.clone_reference(), policy.token_logprobs(batch).logprobs_B_T
+    assert reference.version == 0  # it stands still, however often the policy moved before
     with torch.no_grad():
         for weight in policy.model.parameters():
             weight.add_(0.1)
