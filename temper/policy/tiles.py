@@ -8,9 +8,12 @@ a row is changed, and what scales a row is applied to [rows, D] instead of [rows
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from subprocess import CalledProcessError
 from typing import NamedTuple
 
 import torch
@@ -18,6 +21,8 @@ from torch import Tensor
 
 from temper.policy.products import accurate_times_transposed, add_times_, times
 from temper.policy.support import Support
+
+log = logging.getLogger("temper.policy")
 
 # measured on a CPU: of 32 rows products run at two thirds of their best rate, of 256 at all of it; a GPU wants more
 TILE_ROWS = {"cpu": 256, "cuda": 2048}
@@ -106,8 +111,13 @@ def tiles(
 def softmax_(logits_R_V: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
     """Logits become probabilities in place; returns log Z of each row and H = log Z - Σ p·s where asked.
 
-    The largest probability is 1/Σ exp(s - max), so log Z = max - log(largest probability).
+    The largest probability is 1/Σ exp(s - max), so log Z = max - log(largest probability). Float32 rows on a GPU go to
+    one Triton kernel where Triton works.
     """
+    if logits_R_V.is_cuda and logits_R_V.dtype is torch.float32 and logits_R_V.is_contiguous():
+        softmax_rows_ = row_kernel(logits_R_V.device)
+        if softmax_rows_ is not None:
+            return softmax_rows_(logits_R_V, entropy=entropy)
     logz_R = logits_R_V.new_empty(len(logits_R_V))
     entropy_R = torch.empty_like(logz_R) if entropy else None
     for block in blocks(logits_R_V):
@@ -121,6 +131,22 @@ def softmax_(logits_R_V: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tens
             torch.softmax(part, -1, out=part)
         logz_R[block] = largest - part.amax(-1).log_()
     return logz_R, entropy_R if entropy_R is None else entropy_R.add_(logz_R)
+
+
+@cache
+def row_kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """`softmax_` as a Triton kernel; None where Triton is absent or cannot run, which trying it once shows.
+
+    Triton builds its launcher where it runs, with a C compiler that may be missing there.
+    """
+    try:
+        from temper.policy.triton_softmax import softmax_rows_
+
+        softmax_rows_(torch.zeros(1, 16, device=device))
+    except (ImportError, OSError, RuntimeError, CalledProcessError) as error:
+        log.warning("no Triton kernel for the head, PyTorch's operations take its place: %s", error)
+        return None
+    return softmax_rows_
 
 
 def blocks(tile_R_V: Tensor) -> Iterator[slice]:
