@@ -62,7 +62,8 @@ class Sampled(Noun):
 
     `logprobs` are of the distribution really sampled (temperature, truncation, grammar). `prompt_ids` is
     the whole token context the turn was sampled from. `finish_reason` says why sampling ended.
-    `support` holds, per token, the ids that grammar or truncation allowed (None: the whole vocabulary).
+    `support` holds, per token, what grammar or truncation allowed (None: the whole vocabulary): the allowed ids, or, where
+    that is shorter, −1 − id for each id that was not: inside a JSON string a list would be nearly the whole vocabulary.
     `version` is the policy's weight version.
     """
 

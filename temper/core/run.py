@@ -6,6 +6,7 @@ runs/demo/sft/
   checkpoints/    the two newest, each whole or absent
   model/ …        outputs, each a whole folder
   done.json       written last: the stage is finished for this key
+runs/demo/unfinished/sft-<key>/   an sft that had checkpoints when one of another key took its place
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from temper.core.errors import IntegrityError
-from temper.core.hashing import hash_folder, hash_value
+from temper.core.errors import IntegrityError, StorageError
+from temper.core.hashing import canonical_json, hash_folder, hash_value
 from temper.core.storage import disk_errors, read_json, verify_folder, whole_folder, write_json, write_text
 
 KEEP_CHECKPOINTS = 2
+VERSIONS = "versions.json"
+CHANGES_TOLD = 4  # of two configs that differ; the rest are counted
 SCRATCH = re.compile(r"\..+\.[0-9a-f]{8}")
 TRAINING_ROOMS = ("data", "policy", "rollout", "train", "environments")  # the code that can change a weight
 PINNED = ("torch", "transformers", "tokenizers", "llguidance", "pydantic")
+TRAINED_WITH = ("torch", "transformers")  # what computes a step
 
 
 @cache
@@ -93,6 +97,25 @@ def sweep(path: Path) -> None:
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
+def flat(config: Any, name: str = "") -> dict[str, Any]:
+    """A config's values by dotted name."""
+    if not isinstance(config, dict) or not config:
+        return {name: config}
+    return {inner: value for key, part in config.items() for inner, value in flat(part, f"{name}.{key}" if name else key).items()}
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What parts two descriptions of work, in one line: the keys with both values, the inputs, or else the code."""
+    old, new = flat(before["config"]), flat(json.loads(canonical_json(now["config"])))
+    told = [f"{name} {old.get(name, 'unset')} -> {new.get(name, 'unset')}" for name in sorted(old | new) if old.get(name, ...) != new.get(name, ...)]
+    inputs = before["inputs"] | now["inputs"]
+    told += [f"another {name}" for name in sorted(inputs) if before["inputs"].get(name) != now["inputs"].get(name)]
+    if before["stage"] != now["stage"]:
+        told = [f"stage {before['stage']} -> {now['stage']}"]
+    more = [f"{len(told) - CHANGES_TOLD} more"] if len(told) > CHANGES_TOLD else []
+    return ", ".join(told[:CHANGES_TOLD] + more) or "temper's own code"
+
+
 class RunDirectory:
     """Where one stage writes. Made by `create`; `key` names the work, so equal work is done once."""
 
@@ -107,7 +130,9 @@ class RunDirectory:
     ) -> RunDirectory:
         """Open `path` for the work that `config` (resolved), `inputs` (name -> content hash) and the code of `rooms` define.
 
-        Work of another key that stands there is removed: its outputs would be taken for this one's.
+        Work of another key that stands there makes room, for its outputs would be taken for this one's: what is unfinished
+        and has checkpoints is kept in `unfinished/` beside it and comes back with its key, anything else is removed.
+        Either is said in one line on stderr. Raises StorageError where what is to be kept has no place.
         """
         run = cls.planned(path, stage=stage, config=config, inputs=inputs, rooms=rooms)
         run.open()
@@ -125,9 +150,12 @@ class RunDirectory:
     def open(self) -> None:
         """Make the folder this work's own; see `create`."""
         path, described = self.path, self.path / "stage.json"
-        if described.is_file() and read_json(described)["key"] != self.key:
-            # at once, or a kill in the middle would leave checkpoints of that work under this one's name
-            path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}"))
+        if described.is_file() and (other := read_json(described))["key"] != self.key:
+            self._make_room(other)
+        kept = self._kept(self.key)
+        if kept.is_dir() and not path.exists():
+            kept.rename(path)
+            print(f"{kept} is back in {path}: unfinished work of this very key", file=sys.stderr)
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             sweep(path)
@@ -135,6 +163,35 @@ class RunDirectory:
             write_json(described, self.described | {
                 "code": code_revision(), "versions": versions(), "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             })  # fmt: skip
+
+    def _make_room(self, other: dict[str, Any]) -> None:
+        """Move the `other` work that stands here away, whole and at once: what a kill left of it would pass for this one's."""
+        stage, finished = other["stage"], (self.path / "done.json").is_file()
+        named = f"in {self.path} (key {other['key'][:12]})"
+        if finished or not self.checkpoints():
+            state = f"finished {stage}" if finished else f"unfinished {stage}, without a checkpoint,"
+            print(f"removing the {state} {named}: {changes(other, self.described)}", file=sys.stderr)
+            self.path.rename(self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}"))  # the sweep removes it
+            return
+        kept = self._kept(other["key"])
+        if kept.exists():
+            raise StorageError(
+                f"the unfinished {stage} {named} has no place to be kept in",
+                why=f"{kept} is there already, and this is other work: {changes(other, self.described)}",
+                do="remove or move one of the two",
+            )
+        with disk_errors(kept):
+            kept.parent.mkdir(exist_ok=True)
+            self.path.rename(kept)
+        print(
+            f"the unfinished {stage} {named} is kept in {kept}, and another begins: {changes(other, self.described)}. "
+            "To go on with it, set that back and run the same command; else remove that folder",
+            file=sys.stderr,
+        )
+
+    def _kept(self, key: str) -> Path:
+        """Where unfinished work of `key` is kept: a level deeper, so that none takes it for a stage of the run."""
+        return self.path.parent / "unfinished" / f"{self.path.name}-{key[:12]}"
 
     @property
     def done(self) -> bool:
@@ -190,6 +247,7 @@ class RunDirectory:
         """Write checkpoint `step` through `save(folder)`, then forget all but the two newest."""
         with whole_folder(self.path / "checkpoints" / f"step-{step:08d}") as scratch:
             save(scratch)
+            write_json(scratch / VERSIONS, versions())
         for old in self.checkpoints()[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
 
@@ -205,5 +263,23 @@ class RunDirectory:
             except (IntegrityError, ValueError) as error:  # the listing of the hashes may be torn as well
                 print(f"passing over a torn checkpoint: {error}", file=sys.stderr)
                 continue
+            self._compare_libraries(path)
             return int(path.name.removeprefix("step-")), path
         return None
+
+    def _compare_libraries(self, checkpoint: Path) -> None:
+        """Say so where other libraries wrote a checkpoint; one that names none is of those its run began under."""
+        of_run = self.path / "stage.json"
+        if (checkpoint / VERSIONS).is_file():
+            wrote = read_json(checkpoint / VERSIONS)
+        else:
+            wrote = read_json(of_run)["versions"] if of_run.is_file() else {}
+        now = versions()
+        other = [name for name in TRAINED_WITH if wrote.get(name, now[name]) != now[name]]
+        if other:
+            before, after = (" and ".join(f"{name} {found[name]}" for name in other) for found in (wrote, now))
+            print(
+                f"warning: {checkpoint} was written under {before}; what follows is computed under {after}, and the result is of both. "
+                f"Remove {self.path} to train all of it under one, or go back to {before}",
+                file=sys.stderr,
+            )

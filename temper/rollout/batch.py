@@ -155,7 +155,7 @@ class Batch:
                 row.logprobs.append(logprobs[number])
                 self.stats.sampled_tokens += 1
                 if row.request.keep_support:
-                    row.support.append(allowed_ids(row, logits_R_V[number]))
+                    row.support.append(support_of(row, logits_R_V[number]))
                 if row.matcher is not None:
                     self.engine.grammars.consume(row, tokens[number])
                 if row.request.heard is not None and not row.request.heard(tokens[number], self.routed[number]):
@@ -233,9 +233,13 @@ def owner_of(row: Row) -> Hashable:
     return ("adapter", row.request.adapter)
 
 
-def allowed_ids(row: Row, logits_V: Tensor) -> tuple[int, ...] | None:
-    """The token ids that could be sampled; None where nothing restricted them."""
+def support_of(row: Row, logits_V: Tensor) -> tuple[int, ...] | None:
+    """What could be sampled, as `Sampled.support` writes it; None where nothing restricted it."""
     if row.matcher is None and not row.request.truncated:
         return None
-    ids = (logits_V > float("-inf")).nonzero()[:, 0]
-    return None if len(ids) == len(logits_V) else tuple(ids.tolist())
+    allowed_V = logits_V > float("-inf")
+    forbidden = (~allowed_V).nonzero()[:, 0]
+    if not len(forbidden):
+        return None
+    shorter = -1 - forbidden if 2 * len(forbidden) < len(logits_V) else allowed_V.nonzero()[:, 0]
+    return tuple(shorter.tolist())

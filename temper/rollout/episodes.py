@@ -68,10 +68,11 @@ def collect(
     Every assistant turn is sampled from exactly the tokens before it; tool results are appended, never re-encoded.
     An episode ends with a turn that calls nothing, at the task's last turn, or when it fails: then `outcome.error`
     says how, and its reward is None. `constrained` holds turns to the tools' and the answer's schemas.
-    `keep_support` records what a grammar or truncation allowed (unless told: where sampled under a grammar).
+    `keep_support` records what grammar, top-k or top-p allowed; unless told, wherever they restrict what is drawn.
     What is drawn depends on `seed`, task and number alone. A programming error in an environment raises.
     """
-    kept = (constrained and temperature > 0) if keep_support is None else keep_support
+    restricted = constrained or top_p < 1 or top_k > 0  # log-probs are then of fewer tokens, and the learner must know which
+    kept = (restricted and temperature > 0) if keep_support is None else keep_support
     how = How(temperature, top_p, top_k, seed, constrained, kept, adapter_of)
     runs = [Episode(task, number, adapter_of(task) if adapter_of else None) for task in tasks for number in range(group)]
     live: list[Episode] = []

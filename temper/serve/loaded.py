@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from temper.registry import Registry, Release
 from temper.rollout.engine import Engine
 from temper.serve.config import ServeConfig
 
+log = logging.getLogger("temper.serve")
 OpenEngine = Callable[[Path], Engine]
 
 
@@ -53,7 +55,12 @@ def load_release(registry: Registry, reference: str, open_engine: OpenEngine, *,
     engine = open_engine(weights)
     template = engine.policy.template
     template.require()
-    if release.template_fingerprint and template.fingerprint != release.template_fingerprint:
+    if not release.template_fingerprint:  # registered by hand: `temper run` records it always
+        log.warning(
+            "release %s records no chat template, so nothing says that the one served (%s) is the one it was trained and judged with; "
+            "register it with template_fingerprint", release.id[:16], template.fingerprint[:16],
+        )  # fmt: skip
+    elif template.fingerprint != release.template_fingerprint:
         raise IntegrityError(
             f"release {release.id[:16]} was judged with another chat template",
             why=f"recorded {release.template_fingerprint[:16]}, the weights folder holds {template.fingerprint[:16]}",

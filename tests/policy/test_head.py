@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -193,7 +194,37 @@ def test_forced_tokens_have_log_prob_zero_and_no_gradient():
 def test_a_target_outside_its_support_is_refused():
     with pytest.raises(DataError, match="token 1 is 5, which its support does not allow"):
         Support.of([None, (1, 2)], torch.tensor([3, 5]))
+    with pytest.raises(DataError, match="token 0 is 3, which its support does not allow") as told:
+        Support.of([(-1 - 2, -1 - 3), (5,)], torch.tensor([3, 5]))
+    assert "all tokens but 2 are allowed there" in told.value.why
     assert Support.of([None, None], torch.tensor([3, 5])) is None
+
+
+def test_all_but_a_few_is_as_good_as_the_list_of_the_rest():
+    hidden, weight, bias, make = setting()
+    left_out = [ids and tuple(-1 - token for token in range(VOCAB) if token not in ids) for ids in ALLOWED]
+    mixed = [one if row % 2 else other for row, (one, other) in enumerate(zip(ALLOWED, left_out, strict=True))]
+    expected = token_values(hidden, make(hidden, weight, bias), TARGETS, entropy=True, support=Support.of(ALLOWED, TARGETS))
+    for written in (left_out, mixed):
+        found = token_values(hidden, make(hidden, weight, bias), TARGETS, entropy=True, support=Support.of(written, TARGETS))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_support_of_a_real_vocabulary_takes_as_long_as_what_it_leaves_out():
+    """200 tokens of a JSON string, 149,000 of 150,000 ids allowed at each: in under a second, where lists of them took nine."""
+    positions, vocabulary, forbidden = 200, 150_000, 1000
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = torch.randn(vocabulary, 4, generator=generator), torch.randn(positions, 4, generator=generator)
+    targets = torch.arange(positions) + forbidden
+    started = time.perf_counter()
+    support = Support.of([tuple(-1 - token for token in range(forbidden))] * positions, targets)
+    assert time.perf_counter() - started < 1
+    assert support is not None
+    assert support.id_M.numel() == positions * forbidden
+    found = token_values(hidden, Head(weight), targets, support=support).logprobs_N
+    logits = hidden @ weight.T
+    torch.testing.assert_close(found, logits.gather(1, targets[:, None])[:, 0] - logits[:, forbidden:].logsumexp(-1), atol=1e-5, rtol=1e-5)
 
 
 def test_no_rows_give_a_loss_of_zero_that_can_be_taken_backwards():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from temper.core.errors import ConfigError, DataError
+from temper.core.records import Sampled
 from temper.data.batch import collate
 from temper.data.sequence import Sequence
 from temper.policy.adapters import LoraConfig
@@ -87,11 +88,29 @@ def test_restricted_sampling_is_ratio_one_over_its_support(restricted, policy_of
     rows = Engine(policy).sample(requests_for(policy, prompts_of(policy), temperature=1.0, keep_support=True, **restricted))
     for row in rows:
         assert row.support is not None
-        assert all(token in allowed for token, allowed in zip(row.token_ids, row.support, strict=True) if allowed is not None)
+        for token, allowed in zip(row.token_ids, row.support, strict=True):
+            assert allowed is None or (-1 - token not in allowed if allowed[0] < 0 else token in allowed)
         assert row.logprobs == pytest.approx(trained_logprobs(policy, row), abs=CLOSE)
     # Without the support the ratio is off by the mass that was cut away: the test above could fail.
     unrestricted = [row.model_copy(update={"support": None}) for row in rows]
     assert max(abs(a - b) for row in unrestricted for a, b in zip(row.logprobs, trained_logprobs(policy, row), strict=True)) > 0.1
+
+
+def test_a_support_is_the_shorter_of_what_was_allowed_and_what_was_not(policy_of):
+    """Inside a JSON string a grammar allows nearly every token: listed, one token would take as many numbers as a vocabulary has."""
+    policy = policy_of("qwen3")
+    request = Request(policy.tokenizer.encode("Say it."), 40, 1.0, seed=3, grammar=Grammar.json_schema({"type": "string"}), keep_support=True)
+    (row,) = Engine(policy).sample([request])
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    assert row.support is not None
+    listed, left_out = ([allowed for allowed in row.support if allowed and (allowed[0] < 0) == negative] for negative in (False, True))
+    assert listed  # the opening quote
+    assert left_out  # the inside
+    assert max(len(allowed) for allowed in listed + left_out) <= vocabulary / 2
+    assert all(-vocabulary <= number < 0 for allowed in left_out for number in allowed)
+    back = Sampled.model_validate_json(row.model_dump_json())
+    assert back == row
+    assert back.logprobs == pytest.approx(trained_logprobs(policy, back), abs=CLOSE)
 
 
 def test_what_a_row_draws_does_not_depend_on_its_neighbours_or_order(policy_of, prompts_of):

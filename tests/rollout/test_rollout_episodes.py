@@ -189,14 +189,16 @@ def test_a_full_context_ends_the_episode_as_an_error(policy_of):
     assert "fills the model's context" in (record.outcome.error or "")
 
 
-@pytest.mark.parametrize("constrained", [False, True])
-def test_groups_with_the_real_engine_can_be_trained_on_with_ratio_one(constrained, policy_of):
+@pytest.mark.parametrize("restricted", [{}, {"constrained": True}, {"top_p": 0.8}, {"top_k": 5}, {"constrained": True, "top_p": 0.8}])
+def test_groups_with_the_real_engine_can_be_trained_on_with_ratio_one(restricted, policy_of):
+    """Whatever restricts the sampler: a row without its support would be scored over the whole vocabulary, at another ratio."""
     policy, world = policy_of("qwen3"), World()
-    groups = collect(Engine(policy, max_rows=4), world, world.tasks("dev"), group=3, temperature=1.0, seed=5, constrained=constrained)
+    groups = collect(Engine(policy, max_rows=4), world, world.tasks("dev"), group=3, temperature=1.0, seed=5, **restricted)
     assert [len(group) for group in groups] == [3, 3, 3]
     assert len({record.sampled[0].token_ids for record in groups[0]}) == 3  # the seeds of a group differ
     rows = [episode_sequence(record, 1.0) for group in groups for record in group]
     batch = collate(rows, policy.template.pad_id)
+    assert (batch.support is not None) == bool(restricted)
     with torch.no_grad():
         found = policy.token_logprobs(batch).logprobs_B_T
     for number, row in enumerate(rows):

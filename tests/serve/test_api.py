@@ -427,6 +427,18 @@ def test_nothing_is_served_that_may_not_be(house, tmp_path):
     assert caught.value.exit_code == 2
 
 
+def test_a_release_without_a_template_fingerprint_is_served_with_a_warning(house, caplog):
+    """Nothing can be compared then, and whoever serves it must know."""
+    house.promote(template_fingerprint="double")  # what the doubles' template has
+    with caplog.at_level("WARNING", logger="temper.serve"), serving(house.app()):
+        assert caplog.messages == []
+    made = house.promote("two")
+    with caplog.at_level("WARNING", logger="temper.serve"), serving(house.app()):
+        (told,) = caplog.messages
+    for part in (made.id[:16], "records no chat template", "double", "template_fingerprint"):
+        assert part in told
+
+
 def test_a_release_past_its_last_day_stops_answering(house, monkeypatch):
     import datetime as dt
 

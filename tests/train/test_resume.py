@@ -233,6 +233,7 @@ def test_a_kill_while_other_work_is_removed_leaves_none_of_its_checkpoints(at_st
     keys, _, as_it_stood = at_step_four
     out = tmp_path / "out"
     shutil.copytree(as_it_stood, out)
+    (out / "done.json").write_text("{}")  # finished: what is unfinished would be kept
     other = preference.Config(**{**keys, "out": str(out), "beta": 0.2})
     removed = shutil.rmtree
 
