@@ -104,7 +104,7 @@ CPU = [
     Workload("sft_lora", "SFT, LoRA r16, d256 L8, V 32,768", "sft", "d256-v32k", 32, 16, 8, lora=True, target_ratio=8, target_share=0.55),
     Workload("sft_full_v8k", "SFT, full, d256 L8, V 8,192", "sft", "d256-v8k", 64, 16, 8, target_ratio=2.2, target_share=0.65),
     Workload("sft_lora_v8k", "SFT, LoRA r16, d256 L8, V 8,192", "sft", "d256-v8k", 64, 16, 8, lora=True, target_ratio=2.2, target_share=0.65),
-    Workload("sft_full_d512", "SFT, full, d512 L12, V 32,768", "sft", "d512-v32k", 16, 16, 8, target_ratio=2, target_share=0.70),
+    Workload("sft_full_d512", "SFT, full, d512 L12, V 32,768", "sft", "d512-v32k", 16, 16, 8, tokens_per_batch=1024, target_ratio=2, target_share=0.70),
     Workload("dpo", "DPO, LoRA r16, d256 L8, V 32,768", "dpo", "d256-v32k", 16, 8, 4, lora=True, lengths=(64, 256), target_ratio=8, target_share=0.5),
     Workload("grpo", "GRPO update, LoRA r16, G=8, 128 + 128 tokens", "grpo", "d256-v32k", 4, 2, 1, lora=True, lengths=(128, 128), answers=(128, 128), target_ratio=6, target_share=0.5),
     Workload("reward", "reward model, full, d256 L8", "reward", "d256-v32k", 64, 16, 8, lengths=(64, 256), target_ratio=3, target_share=0.5),
