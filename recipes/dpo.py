@@ -19,6 +19,7 @@ from temper.data.sequence import load_manifest, preference_sequences
 from temper.policy.losses import LossOut, dpo, sum_logprobs
 from temper.policy.model import Policy
 from temper.train.learner import Learner, OptimConfig
+from temper.train.stage import say_cut
 
 BETA, PAIRS_PER_STEP, MAX_TOKENS, WIDE = 0.1, 16, 768, 5.0
 
@@ -30,6 +31,7 @@ def main(base: str, data: str, out: str, epochs: int = 1, lr: float = 5e-5) -> d
     reference = policy.clone_reference()
     _, records = load_manifest(Path(data))
     pairs = [preference_sequences(record, policy.template, MAX_TOKENS) for record in records]
+    say_cut([row for pair in pairs for row in pair], MAX_TOKENS)
     steps = epochs * -(-len(pairs) // PAIRS_PER_STEP)
     learner = Learner(policy, OptimConfig(lr=lr, weight_decay=0.0), steps)
     order = learner.stream("pairs")

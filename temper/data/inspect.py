@@ -15,7 +15,7 @@ Span = tuple[str, bool]  # a piece of text, and whether it is trained
 
 
 class Counts(Noun):
-    """What a set of rows holds. `share` is the part of tokens that is trained."""
+    """What a set of rows holds. `share` is the part of tokens that is trained; `cut` rows lost their ends to the longest row allowed."""
 
     rows: int
     tokens: int
@@ -23,6 +23,7 @@ class Counts(Noun):
     longest: int
     fewest_supervised: int
     share: float
+    cut: int = 0
 
 
 def token_spans(sequence: Sequence, tokenizer: Any) -> list[Span]:
@@ -47,7 +48,7 @@ def counts(sequences: Iterable[Sequence]) -> Counts:
     lengths, trained = [len(row.tokens) for row in rows], [row.supervised for row in rows]
     return Counts(
         rows=len(rows), tokens=sum(lengths), supervised=sum(trained), longest=max(lengths, default=0), fewest_supervised=min(trained, default=0),
-        share=sum(trained) / sum(lengths) if rows else 0.0,
+        share=sum(trained) / sum(lengths) if rows else 0.0, cut=sum(row.cut > 0 for row in rows),
     )  # fmt: skip
 
 

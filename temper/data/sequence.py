@@ -22,7 +22,8 @@ class Sequence:
     `weights` are loss weights (0: not trained; the first is always 0). `advantages`, `old_logprobs` and
     `ref_logprobs` hold 0 where nothing is trained; an old log-prob is NaN where nobody sampled the token. `values` are
     what a scalar head said there, `targets` what it should say. `support` holds the tokens that sampling allowed (None: all).
-    `group` names rows that belong together: the two of a pair, or the samples of one prompt.
+    `group` names rows that belong together: the two of a pair, or the samples of one prompt. `cut` tokens of the record
+    stood behind the longest row allowed.
     """
 
     tokens: list[int]
@@ -36,6 +37,7 @@ class Sequence:
     adapter: str | None = None
     group: str | None = None
     record: str = ""
+    cut: int = 0
 
     @property
     def supervised(self) -> int:
@@ -239,4 +241,5 @@ def _row(record: Record, found: Supervised, max_tokens: int) -> Sequence:
             why=f"it has {len(found.tokens)} tokens, and its first trained one stands beyond the cut",
             do="raise max_tokens, or remove the row",
         )
-    return Sequence(tokens=found.tokens[:max_tokens], weights=weights, group=record.id, record=record.id)
+    cut = max(0, len(found.tokens) - max_tokens)
+    return Sequence(tokens=found.tokens[:max_tokens], weights=weights, group=record.id, record=record.id, cut=cut)

@@ -142,7 +142,8 @@ def guide_of(environment: Environment, task: Task, template: Template, max_token
     found = template.supervise([*context, *task.demonstration], task.tools)
     weights = [float(trained) for trained in found.mask[:max_tokens]]
     outcome, _ = replay(environment, task, task.demonstration)
-    row = Row(tokens=found.tokens[:max_tokens], weights=weights, old_logprobs=[UNKNOWN if weight else 0.0 for weight in weights], group=task.id)
+    old = [UNKNOWN if weight else 0.0 for weight in weights]
+    row = Row(tokens=found.tokens[:max_tokens], weights=weights, old_logprobs=old, group=task.id, cut=max(0, len(found.tokens) - max_tokens))
     return Guide(row, outcome.reward if any(weights) else None)
 
 
@@ -196,7 +197,7 @@ def decoupled(policy: Policy, found: Sequence[Row], cfg: EpisodeConfig) -> tuple
     For several optimizer steps on one batch of episodes: the clip then holds the learner to where it started, and the
     weight corrects for the sampler, once. It costs one forward pass. Also gives the mismatch per token.
     """
-    made, sums, tokens = list(found), {"mismatch": 0.0, "mismatch_kl": 0.0, "tis_weight": 0.0}, 0
+    made, sums, tokens, sampled = list(found), {"mismatch": 0.0, "mismatch_kl": 0.0, "tis_weight": 0.0}, 0, 0
     kind = policy.kind(cfg.layout)
     for numbers in plan_units([[row] for row in found], kind, cfg.tokens_per_batch):
         batch = collate([found[number] for number in numbers], policy.template.pad_id, kind).to(policy.device)
@@ -207,12 +208,12 @@ def decoupled(policy: Policy, found: Sequence[Row], cfg: EpisodeConfig) -> tuple
         weight_B_T, known_B_T = importance(learner_B_T, sampled_B_T, mask_B_T, cfg), mask_B_T & ~sampled_B_T.isnan()
         for name, value in (mismatch(learner_B_T, sampled_B_T, known_B_T) | {"tis_weight": weight_B_T.where(mask_B_T, 0.0).sum()}).items():
             sums[name] += float(value)
-        tokens += int(mask_B_T.sum())
+        tokens, sampled = tokens + int(mask_B_T.sum()), sampled + int(known_B_T.sum())
         old_B_T, advantages_B_T = learner_B_T.where(known_B_T, sampled_B_T).cpu(), (advantages_B_T * weight_B_T).cpu()
         for at, number in enumerate(numbers):
             width = len(found[number].tokens)
             made[number] = dataclasses.replace(found[number], old_logprobs=old_B_T[at, :width].tolist(), advantages=advantages_B_T[at, :width].tolist())
-    return made, {name: value / max(1, tokens) for name, value in sums.items()}
+    return made, {name: value / max(1, tokens if name == "tis_weight" else sampled) for name, value in sums.items()}
 
 
 @torch.no_grad()

@@ -112,7 +112,12 @@ def run(cfg: Config) -> dict[str, Any]:
         return student.divergence(batch, teacher, measure_of(cfg), temperature=cfg.temperature)
 
     for step in track(range(resume(folder, learner), steps), f"distill {cfg.out}"):
-        metrics = learner.forward_backward(batches_of(step), loss) | learner.optim_step()
+        batches = batches_of(step)
+        if batches:
+            metrics = learner.forward_backward(batches, loss) | learner.optim_step()
+        else:  # on policy: no answer of this step has a token
+            learner.skip()
+            metrics = {}
         if cfg.dev and learner.step == steps:
             metrics["dev_divergence"] = mean_divergence(student, teacher, cfg)
         folder.log(learner.step, rounded(metrics))
@@ -187,6 +192,8 @@ def sampled(engine: Engine, environment: Environment, tasks: list[Task], cfg: Co
 
 def batched(rows: list[Sequence], student: Policy, cfg: Config) -> list[Batch]:
     """Rows in micro-batches."""
+    if not rows:
+        return []
     kind = student.kind(cfg.layout)
     planned = parallel.spread(plan_units([[row] for row in rows], kind, cfg.tokens_per_batch))
     return [collate([rows[row] for row in micro], student.template.pad_id, kind) for micro in planned]
@@ -219,5 +226,9 @@ def estimate(cfg: Config) -> Estimate:
         plan = [[list(range(len(rows)))]] * (cfg.steps or max(1, round(cfg.epochs * len(tasks) / cfg.tasks_per_step)))
     large = count_parameters(student.model) >= PROBE_BELOW
     forwards = round(count_parameters(teacher.model) / count_parameters(student.model)) if large else 0
-    found = estimate_rows(student, rows, plan, lambda batch: student.divergence(batch, teacher, measure_of(cfg), temperature=cfg.temperature), forwards=forwards, kind=kind)
+
+    def loss(batch: Batch) -> LossOut:
+        return student.divergence(batch, teacher, measure_of(cfg), temperature=cfg.temperature)
+
+    found = estimate_rows(student, rows, plan, loss, cfg.optim.kind, forwards=forwards, kind=kind)
     return found.model_copy(update={"seconds": round(found.seconds + sampling * len(plan), 1)})

@@ -22,6 +22,8 @@ from temper.train.stage import AdaptableConfig, checkpoint_hash
 
 # loss -> (clip_low, clip_high) as its paper has them
 CLIPS = {"clipped": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0), "luffy": (0.2, 0.28)}
+ADDED = ("tokens", "positions", "supervised", "step_s")  # metrics of a step that are those of its parts together
+OF_OWN = ("clipped", "ratio", "kl", "kl_old", "mismatch", "mismatch_kl")  # sums over the tokens that the policy sampled itself
 
 
 class EpisodeConfig(AdaptableConfig):
@@ -105,3 +107,26 @@ def parts(rows: Rows[Sequence], learner: Learner, cfg: EpisodeConfig) -> list[li
         planned = parallel.spread(plan_units([[row] for row in chosen], kind, cfg.tokens_per_batch, rng)) if chosen else []
         found.append([collate([chosen[row] for row in batch], learner.policy.template.pad_id, kind) for batch in planned])
     return found
+
+
+def over_parts(found: Rows[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of several updates as those of one step; empty where there was none.
+
+    What is counted is added, the rate is the last, the rest is the mean over supervised tokens. Sampler and learner are
+    compared before the first update moves the learner away.
+    """
+    if len(found) < 2:
+        return per_own(found[0]) if found else {}
+    counted, seconds = sum(part["supervised"] for part in found), sum(part["step_s"] for part in found)
+    whole = {name: sum(part[name] * part["supervised"] for part in found) / counted for name in found[0]}
+    whole |= {name: sum(part[name] for part in found) for name in ADDED}
+    whole |= {"limit_share": sum(part["limit_share"] * part["step_s"] for part in found) / seconds, "lr": found[-1]["lr"]}
+    first = {name: value for name, value in per_own(found[0]).items() if name.startswith("mismatch")}
+    return per_own(whole) | {"tokens_per_s": whole["tokens"] / seconds} | first
+
+
+def per_own(metrics: dict[str, Any]) -> dict[str, Any]:
+    """`metrics`, means over all tokens, with those that only own or only guided tokens have as means over these; None where there are none."""
+    guided = metrics.get("guided", 0.0)
+    of = dict.fromkeys(OF_OWN, 1 - guided) | {"guided_probability": guided}
+    return {name: value if of.get(name, 1) == 1 else value / of[name] if of[name] else None for name, value in metrics.items()}

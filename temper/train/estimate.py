@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
+
+from torch import Tensor
 
 from temper.core.records import Noun
 from temper.data.batch import collate
@@ -13,9 +16,10 @@ from temper.policy.model import Policy
 from temper.policy.scalar_head import RewardModel
 from temper.train.cost import Cost, synchronise
 from temper.train.learner import Loss
+from temper.train.optimizers import Kind as OptimizerKind
+from temper.train.optimizers import bytes_of
 from temper.train.stage import Plan
 
-MOMENTS = 2  # AdamW keeps two of every trained weight
 PROBE_BELOW = 300_000_000  # parameters: a smaller model is timed on one batch, a larger one by its operations
 LIMIT_SHARE = 0.4  # of the measured matrix-product rate, where no batch is timed
 
@@ -35,8 +39,8 @@ class Estimate(Noun):
     seconds_from: str
 
 
-def estimate_rows(policy: Policy | RewardModel, rows: Rows[Sequence], plan: Plan, loss: Loss, *, forwards: int = 0, kind: Kind = "padded") -> Estimate:
-    """The cost of training on `plan` of `rows`: one batch is timed on a small model, operations counted on a large one.
+def estimate_rows(policy: Policy | RewardModel, rows: Rows[Sequence], plan: Plan, loss: Loss, optimizer: OptimizerKind, *, forwards: int = 0, kind: Kind = "padded") -> Estimate:
+    """The cost of training on `plan` of `rows` by an `optimizer`: one batch is timed on a small model, operations counted on a large one.
 
     `forwards` counts extra passes without a backward (a reference, a teacher); `kind` is how rows are laid out.
     """
@@ -59,8 +63,13 @@ def estimate_rows(policy: Policy | RewardModel, rows: Rows[Sequence], plan: Plan
     return Estimate(
         rows=len(rows), tokens=tokens, supervised=supervised, steps=len(plan), parameters=count, trained=trained,
         weights_mb=round(sum(weight.numel() * weight.element_size() for weight in weights) / 2**20, 1),
-        optimizer_mb=round((MOMENTS + 1) * 4 * trained / 2**20, 1), seconds=round(seconds, 1), seconds_from=source,
+        optimizer_mb=megabytes(optimizer, [weight for weight in weights if weight.requires_grad]), seconds=round(seconds, 1), seconds_from=source,
     )  # fmt: skip
+
+
+def megabytes(optimizer: OptimizerKind, weights: Iterable[Tensor]) -> float:
+    """What gradients and moments of trained `weights` take."""
+    return round(bytes_of(optimizer, weights) / 2**20, 1)
 
 
 def probe(policy: Policy | RewardModel, batches: list[list[Sequence]], loss: Loss, kind: Kind) -> float:

@@ -46,6 +46,7 @@ from temper.train.stage import (
     resume,
     rounded,
     save_trained,
+    say_cut,
 )
 
 
@@ -104,6 +105,7 @@ def answers_of(records: list[Record], template: Template, cfg: Config) -> list[S
         else:
             raise DataError(f"record {record.id[:16]} is neither a pair nor judged", why="kto must know whether an answer is good or bad",
                             do="give it a preference, or an outcome.reward")  # fmt: skip
+    say_cut(found, cfg.max_tokens)
     return found
 
 
@@ -191,4 +193,4 @@ def estimate(cfg: Config) -> Estimate:
     policy = prepare(cfg)
     answers = [dataclasses.replace(row, ref_logprobs=[0.0] * len(row.tokens)) for row in answers_of(load_records(cfg.data)[1], policy.template, cfg)]
     loss = partial(answer_loss, policy, cfg, torch.tensor(0.0))
-    return estimate_rows(policy, answers, plan_answers(answers, policy, cfg), loss, forwards=2, kind=policy.kind(cfg.layout))
+    return estimate_rows(policy, answers, plan_answers(answers, policy, cfg), loss, cfg.optim.kind, forwards=2, kind=policy.kind(cfg.layout))

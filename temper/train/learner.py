@@ -141,6 +141,14 @@ class Learner:
         if self._pending is not None:
             raise ShapeError("forward_backward was called twice in one optimizer step", why="each call divides by the count of its own batches",
                              do="pass all micro-batches of the step in one call")  # fmt: skip
+        try:
+            return self._forward_backward(batches, loss, count)
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)  # a second try must not add to what this one left
+            self._pending = None
+            raise
+
+    def _forward_backward(self, batches: Sequence[Batch], loss: Loss, count: Count) -> dict[str, float]:
         started, world = time.perf_counter(), parallel.world()
         mine = parallel.share(batches)
         with parallel.together(f"step {self.step}"):
@@ -224,6 +232,9 @@ class Learner:
         Raises IntegrityError where it belongs to other weights.
         """
         state, moments = checkpoint.read(folder, self.parameters, self.total_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        self._pending = None
         for key, value in moments.items():
             name, _, field = key.rpartition("|")
             self.optimizer.state[self.parameters[name]][field] = value

@@ -8,9 +8,11 @@ holds them in memory that CUDA moves to the host when the device is full (Dettme
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from temper.core.errors import ConfigError
@@ -18,6 +20,7 @@ from temper.policy.quantised import bitsandbytes
 
 log = logging.getLogger("temper.train")
 Kind = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+SMALLEST, BLOCK = 4096, 256  # numbers of a weight from which its moments have eight bits, and of one block
 EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 
 
@@ -41,6 +44,15 @@ def make_optimizer(kind: Kind, groups: list[dict[str, Any]], *, lr: float, betas
     optimizer.register_step_pre_hook(_lend_levels)
     optimizer.register_step_post_hook(_settle)
     return optimizer
+
+
+def bytes_of(kind: Kind, weights: Iterable[Tensor]) -> int:
+    """Bytes of the gradients, in float32, and the moments of trained `weights`."""
+    sizes = [weight.numel() for weight in weights]
+    if kind == "adamw":
+        return 12 * sum(sizes)
+    # two moments of one byte a number, and one float32 a block for each
+    return 4 * sum(sizes) + sum(2 * size + 8 * -(-size // BLOCK) if size >= SMALLEST else 8 * size for size in sizes)
 
 
 def _lend_levels(optimizer: Any, *_: Any) -> None:

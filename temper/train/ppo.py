@@ -29,8 +29,8 @@ from temper.policy.scalar_head import RewardModel
 from temper.rollout.engine import Engine
 from temper.train import parallel
 from temper.train.credit import AGGREGATIONS, decoupled, episode_row, policy_loss
-from temper.train.episodes import EpisodeConfig, inputs, parts, sample, steps_of
-from temper.train.estimate import Estimate, estimate_rows
+from temper.train.episodes import EpisodeConfig, inputs, over_parts, parts, sample, steps_of
+from temper.train.estimate import Estimate, estimate_rows, megabytes
 from temper.train.learner import Learner, Loss, OptimConfig
 from temper.train.probes import hacking_probes, summarise
 from temper.train.stage import (
@@ -42,6 +42,7 @@ from temper.train.stage import (
     prepare,
     resume,
     rounded,
+    same_family,
     save_trained,
     tasks_of,
     training_tasks,
@@ -110,6 +111,7 @@ def run(cfg: Config) -> dict[str, Any]:
     if folder.done:
         return folder.result()
     policy, critic = prepare(cfg), prepare_critic(cfg)
+    same_family(f"critic {cfg.critic}", critic, policy)
     policy.model.eval()  # dropout would make the learner another policy than the one that sampled
     reference = policy.clone_reference() if cfg.kl else None
     engine, tasks = Engine(policy, max_rows=cfg.max_rows), training_tasks(environment)
@@ -211,21 +213,20 @@ def update(both: Both, reference: Policy | None, rows: list[Sequence], cfg: Conf
     clock, count = time.perf_counter(), AGGREGATIONS[cfg.aggregation][1]
     rows, before = decoupled(both.actor.policy, rows, cfg) if cfg.tis_cap and cfg.updates > 1 else (rows, {})
     bare = [dataclasses.replace(row, adapter=None) for row in rows]
-    metrics: dict[str, Any] = {}
-    for turn in range(cfg.passes):
-        for part, (batches, same) in enumerate(zip(parts(rows, both.actor, cfg), parts(bare, both.actor, cfg), strict=True)):
+    acted: list[dict[str, Any]] = []
+    valued: list[dict[str, Any]] = []
+    for _ in range(cfg.passes):
+        for batches, same in zip(parts(rows, both.actor, cfg), parts(bare, both.actor, cfg), strict=True):
             if batches and actor:
-                found = both.actor.forward_backward(batches, policy_loss(both.actor.policy, reference, cfg), count) | both.actor.optim_step()
-                # sampler and learner are compared before the first update moves the learner away
-                metrics |= {name: value for name, value in found.items() if (turn, part) == (0, 0) or not name.startswith("mismatch")}
+                acted.append(both.actor.forward_backward(batches, policy_loss(both.actor.policy, reference, cfg), count) | both.actor.optim_step())
             else:
                 both.actor.skip()
             if same:
-                found = both.critic.forward_backward(same, value_loss(both.critic.policy, cfg), count) | both.critic.optim_step()
-                metrics |= {f"critic_{name}": found[name] for name in ("loss", "grad_norm", "lr", "value_clipped")}
+                valued.append(both.critic.forward_backward(same, value_loss(both.critic.policy, cfg), count) | both.critic.optim_step())
             else:
                 both.critic.skip()
-    return {**metrics, **before, "trained_rows": len(rows), "update_s": time.perf_counter() - clock}
+    judged = {f"critic_{name}": value for name, value in over_parts(valued).items() if name in ("loss", "grad_norm", "lr", "value_clipped")}
+    return {**over_parts(acted), **judged, **before, "trained_rows": len(rows), "update_s": time.perf_counter() - clock}
 
 
 def estimate(cfg: Config) -> Estimate:
@@ -237,8 +238,10 @@ def estimate(cfg: Config) -> Estimate:
     sampling = (time.perf_counter() - started) / len(few) * cfg.tasks_per_step
     rows = [episode_row(record, cfg) for group in records_P_G for record in group if any(turn.token_ids for turn in record.sampled)]
     per_step = [list(range(len(rows)))] * -(-cfg.tasks_per_step // len(few))
-    found = estimate_rows(policy, rows, [per_step] * steps * cfg.passes, policy_loss(policy, None, cfg), forwards=int(cfg.kl > 0) + 1, kind=policy.kind(cfg.layout))
+    loss, forwards = policy_loss(policy, None, cfg), int(cfg.kl > 0) + 1
+    found = estimate_rows(policy, rows, [per_step] * steps * cfg.passes, loss, cfg.optim.kind, forwards=forwards, kind=policy.kind(cfg.layout))
+    critic_mb = megabytes(cfg.critic_optim.kind, policy.model.parameters())  # as many weights as the base, every one trained
     return found.model_copy(update={
-        "rows": len(tasks), "seconds": round(2 * found.seconds + sampling * steps, 1), "weights_mb": 2 * found.weights_mb,
+        "rows": len(tasks), "seconds": round(2 * found.seconds + sampling * steps, 1), "weights_mb": 2 * found.weights_mb, "optimizer_mb": round(found.optimizer_mb + critic_mb, 1),
         "seconds_from": f"{len(few)} tasks sampled: {sampling:.1f} s a step; update of policy and critic: twice {found.seconds_from}",
     })  # fmt: skip

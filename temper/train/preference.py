@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from temper.core.errors import ConfigError
@@ -47,7 +47,9 @@ from temper.train.stage import (
     prepare,
     resume,
     rounded,
+    same_family,
     save_trained,
+    say_cut,
 )  # fmt: skip
 
 Pair = tuple[Sequence, Sequence]  # chosen, rejected
@@ -69,8 +71,16 @@ class Config(AdaptableConfig, PairsConfig):
     length_normalised: bool = Field(False, description="compare log-probs per token (dpo, ipo; simpo and orpo always do)")
     gamma: float = Field(0.5, ge=0, description="simpo's target margin, in units of beta")
     sft_mix: float = Field(0.0, ge=0, description="coefficient of the chosen answer's cross-entropy per token (RPO)")
-    reference: str = Field("start", description="start: the policy as it starts; none; or the path of a checkpoint")
+    reference: str = Field("start", description="start: the policy as it starts; none; or the path of a checkpoint; left out: start for dpo and ipo, none for simpo and orpo")
     reference_cache: str | None = Field(None, description="folder that keeps the reference's log-probs for other runs; null: this run's own")
+
+    @model_validator(mode="before")
+    @classmethod
+    def reference_where_needed(cls, values: Any) -> Any:
+        """A loss that compares with nothing pays for no reference, unless one is named to watch the drift from it."""
+        if not isinstance(values, dict) or values.get("reference") is not None:
+            return values
+        return values | {"reference": "start" if str(values.get("loss", "dpo")) in NEED_REFERENCE else "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +187,7 @@ def pairs_of(records: list[Record], template: Template, max_tokens: int, adapter
     for record in records:
         chosen, rejected = preference_sequences(record, template, max_tokens)
         found.append((dataclasses.replace(chosen, adapter=adapter), dataclasses.replace(rejected, adapter=adapter)))
+    say_cut([row for pair in found for row in pair], max_tokens)
     return found
 
 
@@ -218,9 +229,7 @@ def with_reference(pairs: list[Pair], policy: Policy, cfg: Config, run: RunDirec
 def reference_of(policy: Policy, cfg: Any) -> Policy:
     """The policy itself as it starts, or the checkpoint that the config names. Raises ConfigError across tokenizers."""
     reference = policy if cfg.reference == "start" else load_policy(cfg, cfg.reference)
-    if reference.template.fingerprint != policy.template.fingerprint:
-        raise ConfigError(f"reference {cfg.reference} has another tokenizer or template than {cfg.base}", why="its log-probs would be of other tokens",
-                          do="use a checkpoint of the same family, or reference: start")  # fmt: skip
+    same_family(f"reference {cfg.reference}", reference, policy)
     return reference
 
 
@@ -274,7 +283,7 @@ def estimate(cfg: Config) -> Estimate:
         pairs = [(zeroed(chosen), zeroed(rejected)) for chosen, rejected in pairs]
     rows, kind = [row for pair in pairs for row in pair], policy.kind(cfg.layout)
     plan = [[[2 * pair + side for pair in micro for side in (0, 1)] for micro in step] for step in plan_pairs(pairs, cfg, kind)]
-    return estimate_rows(policy, rows, plan, lambda batch: pair_loss(policy, batch, cfg), forwards=int(cfg.reference != "none"), kind=kind)
+    return estimate_rows(policy, rows, plan, lambda batch: pair_loss(policy, batch, cfg), cfg.optim.kind, forwards=int(cfg.reference != "none"), kind=kind)
 
 
 def zeroed(row: Sequence) -> Sequence:

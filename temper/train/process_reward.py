@@ -1,8 +1,9 @@
 """A step-level (process) reward model: a scalar head that says at the end of each step whether it was right.
 
 A record's labels stand in `outcome.detail.steps`, one for each step, in order: 1 right, 0 wrong, a share between, or
-null for a step that nobody judged. A step is an assistant turn, or a paragraph of the answer (`step`); its end is a
-token found in the structure of the row, never by searching rendered text for markers.
+null for a step that nobody judged. A step is an assistant turn, which ends with its end token, or (`step: paragraph`) a
+paragraph of the answer, which ends where a blank line closes in the turn's own text. Where labels and steps differ in
+number the record is refused, so a blank line that nobody meant is seen.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from temper.policy.scalar_head import RewardModel
 from temper.train.estimate import Estimate, estimate_rows
 from temper.train.learner import Learner
 from temper.train.reward import prepare
-from temper.train.shared_run import write_output
+from temper.train.shared_run import say, write_output
 from temper.train.stage import (
     StageConfig,
     checkpoint_hash,
@@ -40,6 +41,7 @@ from temper.train.stage import (
     plan_steps,
     resume,
     rounded,
+    say_cut,
 )
 
 BLANK = re.compile(r"\n\n+")  # what closes a paragraph
@@ -60,8 +62,8 @@ def run(cfg: Config) -> dict[str, Any]:
     if folder.done:
         return folder.result()
     judge = prepare(cfg)  # type: ignore[arg-type]
-    rows = [step_row(record, judge.template, cfg) for record in load_records(cfg.data)[1]]
-    heldout = [step_row(record, judge.template, cfg) for record in load_records(cfg.heldout)[1]] if cfg.heldout else []
+    rows, lost = step_rows(load_records(cfg.data)[1], judge.template, cfg)
+    heldout = step_rows(load_records(cfg.heldout)[1], judge.template, cfg)[0] if cfg.heldout else []
     plan, kind = planned(rows, judge, cfg), judge.kind(cfg.layout)
     learner = Learner(judge, cfg.optim, len(plan), seed=cfg.seed)
     metrics: dict[str, Any] = {}
@@ -73,13 +75,23 @@ def run(cfg: Config) -> dict[str, Any]:
         folder.log(learner.step, rounded(metrics))
         keep(folder, learner, cfg)
     path = str(write_output(folder, "reward_model", judge.model, judge.save))
-    facts = {"rows": len(rows), "data": counts(rows).model_dump(), "judged_steps": sum(row.supervised for row in rows), "steps": len(plan), "metrics": rounded(metrics)}
+    facts = {"rows": len(rows), "data": counts(rows).model_dump(), "judged_steps": sum(row.supervised for row in rows), "judged_steps_cut": lost, "steps": len(plan), "metrics": rounded(metrics)}
     return folder.finish({"reward_model": path, "hash": checkpoint_hash(path), **facts}, started)
 
 
 def planned(rows: list[Sequence], judge: RewardModel, cfg: Config) -> list[list[list[int]]]:
     """Every optimizer step: which rows, in which micro-batches."""
     return plan_steps([len(row.tokens) for row in rows], cfg, micro_of([[row] for row in rows], judge.kind(cfg.layout), cfg))
+
+
+def step_rows(records: list[Record], template: Template, cfg: Config) -> tuple[list[Sequence], int]:
+    """Each record's `step_row`, and how many judged steps stand behind the longest row allowed; what is cut is said."""
+    rows = [step_row(record, template, cfg) for record in records]
+    lost = sum(label is not None for record in records for label in record.outcome.detail["steps"]) - sum(row.supervised for row in rows)
+    say_cut(rows, cfg.max_tokens)
+    if lost:
+        say(f"{lost} judged steps end behind max_tokens={cfg.max_tokens}: they are not trained on")
+    return rows, lost
 
 
 def step_row(record: Record, template: Template, cfg: Config) -> Sequence:
@@ -93,9 +105,9 @@ def step_row(record: Record, template: Template, cfg: Config) -> Sequence:
     judged = {end: float(label) for end, label in zip(ends, labels, strict=True) if label is not None and end < cfg.max_tokens}
     if not judged:
         raise fault(record, f"has no judged step within max_tokens={cfg.max_tokens}", "it would train nothing", "raise max_tokens, or remove it")
-    tokens = tokens[: cfg.max_tokens]
+    cut, tokens = max(0, len(tokens) - cfg.max_tokens), tokens[: cfg.max_tokens]
     weights, targets = ([judged.get(at, 0.0) if of_label else float(at in judged) for at in range(len(tokens))] for of_label in (False, True))
-    return Sequence(tokens=tokens, weights=weights, targets=targets, group=record.id, record=record.id)
+    return Sequence(tokens=tokens, weights=weights, targets=targets, group=record.id, record=record.id, cut=cut)
 
 
 def fault(record: Record, what: str, why: str, do: str) -> DataError:
@@ -168,5 +180,5 @@ def score_steps(judge: RewardModel, record: Record, step: Literal["turn", "parag
 def estimate(cfg: Config) -> Estimate:
     """What the run would cost, without training."""
     judge = prepare(cfg)  # type: ignore[arg-type]
-    rows = [step_row(record, judge.template, cfg) for record in load_records(cfg.data)[1]]
-    return estimate_rows(judge, rows, planned(rows, judge, cfg), lambda batch: step_loss(judge, batch), kind=judge.kind(cfg.layout))
+    rows, _ = step_rows(load_records(cfg.data)[1], judge.template, cfg)
+    return estimate_rows(judge, rows, planned(rows, judge, cfg), lambda batch: step_loss(judge, batch), cfg.optim.kind, kind=judge.kind(cfg.layout))

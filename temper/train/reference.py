@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from pathlib import Path
@@ -18,6 +19,8 @@ from temper.core.storage import write_bytes
 from temper.data.sequence import Sequence
 from temper.policy.model import Policy
 from temper.train import parallel
+
+ELSEWHERE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # where weights came from, who wrote them, how they lay on disk
 
 
 def with_reference(rows: Rows[Sequence], reference: Policy, folder: Path, score: Callable[[list[Sequence]], list[Tensor]]) -> list[Sequence]:
@@ -47,10 +50,12 @@ def with_reference(rows: Rows[Sequence], reference: Policy, folder: Path, score:
 
 
 def cache_key(rows: Rows[Sequence], reference: Policy) -> str:
-    """The hash of all that the log-probs depend on: weights, adapters, precision, and each row's tokens and mask."""
+    """The hash of all that the log-probs depend on: weights, the model's config, adapters, precision, and each row's tokens and mask."""
+    config = {name: value for name, value in json.loads(reference.model.config.to_json_string(use_diff=False)).items() if name not in ELSEWHERE}
     adapters = sorted({row.adapter for row in rows if row.adapter is not None})
     return hash_value({
-        "weights": reference.weights_hash(), "adapters": [reference.adapter_hash(name) for name in adapters], "precision": str(reference.compute_dtype),
+        "weights": reference.weights_hash(), "config": config, "precision": str(reference.compute_dtype),
+        "adapters": [reference.adapter_hash(name) for name in adapters],
         "rows": [[row.tokens, [weight != 0 for weight in row.weights], adapters.index(row.adapter) if row.adapter else -1] for row in rows],
     })  # fmt: skip
 

@@ -122,4 +122,4 @@ def estimate(cfg: Config) -> Estimate:
     pairs = pairs_of(load_records(cfg.data)[1], judge.template, cfg.max_tokens)
     rows, kind = [row for pair in pairs for row in pair], judge.kind(cfg.layout)
     plan = [[[2 * pair + side for pair in micro for side in (0, 1)] for micro in step] for step in plan_pairs(pairs, cfg, kind)]
-    return estimate_rows(judge, rows, plan, lambda batch: reward_loss(judge, batch, cfg), kind=kind)
+    return estimate_rows(judge, rows, plan, lambda batch: reward_loss(judge, batch, cfg), cfg.optim.kind, kind=kind)

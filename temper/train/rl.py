@@ -7,6 +7,7 @@ from text.
 
 from __future__ import annotations
 
+import math
 import time
 from random import Random
 from typing import Any
@@ -26,7 +27,7 @@ from temper.rollout.engine import Engine
 from temper.rollout.environment import Environment, Task
 from temper.train import parallel
 from temper.train.credit import AGGREGATIONS, credited, decoupled, episode_row, guide_of, policy_loss, reward_of
-from temper.train.episodes import EpisodeConfig, inputs, parts, sample, steps_of
+from temper.train.episodes import EpisodeConfig, inputs, over_parts, parts, sample, steps_of
 from temper.train.estimate import Estimate, estimate_rows
 from temper.train.learner import Learner
 from temper.train.probes import hacking_probes, summarise
@@ -87,6 +88,7 @@ def run(cfg: Config) -> dict[str, Any]:
             chosen, records_P_G, found = resampled(engine, environment, chosen, records_P_G, tasks, cfg, step)
             metrics |= found
         guides_P = [guide_of(environment, task, policy.template, cfg.max_tokens) for task in chosen] if cfg.guidance else []
+        metrics |= {"cut_guides": sum(guide.row.cut > 0 for guide in guides_P)} if cfg.guidance else {}
         metrics |= update(learner, reference, credited(records_P_G, cfg, guides_P), cfg)
         folder.log(learner.step, rounded(metrics))
         if parallel.rank() == 0 and (step % cfg.keep_episodes_every == 0 or step == steps - 1):
@@ -126,16 +128,16 @@ def update(learner: Learner, reference: Policy | None, rows: list[Sequence], cfg
     clock, policy = time.perf_counter(), learner.policy
     cfg = cfg.model_copy(update={"kl": learner.memory.get("kl", cfg.kl)})
     rows, before = decoupled(policy, rows, cfg) if cfg.tis_cap and cfg.updates > 1 else (rows, {})
-    metrics: dict[str, Any] = {}
-    for part, batches in enumerate(parts(rows, learner, cfg)):
+    found: list[dict[str, Any]] = []
+    for batches in parts(rows, learner, cfg):
         if not batches:
             learner.skip()
             continue
-        found = learner.forward_backward(batches, policy_loss(policy, reference, cfg), AGGREGATIONS[cfg.aggregation][1]) | learner.optim_step()
-        # sampler and learner are compared before the first update moves the learner away
-        metrics |= {name: value for name, value in found.items() if part == 0 or not name.startswith("mismatch")}
-    if cfg.kl_target and "kl" in metrics:
-        tokens = sum(row.supervised for row in rows) / len(rows)
+        found.append(learner.forward_backward(batches, policy_loss(policy, reference, cfg), AGGREGATIONS[cfg.aggregation][1]) | learner.optim_step())
+    metrics = over_parts(found)
+    if cfg.kl_target and metrics.get("kl") is not None:
+        own = [row.supervised for row in rows if not any(map(math.isnan, row.old_logprobs or []))]
+        tokens = sum(own) / len(own)
         metrics["kl_coefficient"], learner.memory["kl"] = cfg.kl, adapted(cfg.kl, metrics["kl"] * tokens, cfg.kl_target)
     return {**metrics, **before, "trained_rows": len(rows), "update_s": time.perf_counter() - clock}
 
@@ -152,7 +154,7 @@ def estimate(cfg: Config) -> Estimate:
     sampling = (time.perf_counter() - started) / len(few) * cfg.tasks_per_step
     rows = [episode_row(record, cfg) for group in records_P_G for record in group if any(turn.token_ids for turn in record.sampled)]
     per_step = [list(range(len(rows)))] * -(-cfg.tasks_per_step // len(few))
-    found = estimate_rows(policy, rows, [per_step] * steps, policy_loss(policy, None, cfg), forwards=int(cfg.kl > 0), kind=policy.kind(cfg.layout))
+    found = estimate_rows(policy, rows, [per_step] * steps, policy_loss(policy, None, cfg), cfg.optim.kind, forwards=int(cfg.kl > 0), kind=policy.kind(cfg.layout))
     return found.model_copy(update={
         "rows": len(tasks), "seconds": round(found.seconds + sampling * steps, 1),
         "seconds_from": f"{len(few)} tasks sampled: {sampling:.1f} s a step; update: {found.seconds_from}",

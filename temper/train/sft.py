@@ -130,4 +130,4 @@ def estimate(cfg: Config) -> Estimate:
     policy = prepare(cfg)
     rows = sequences(load_records(cfg.data)[1], policy, cfg)
     kind = policy.kind(cfg.layout)
-    return estimate_rows(policy, rows, plan_rows(rows, cfg, kind), policy.cross_entropy, kind=kind)
+    return estimate_rows(policy, rows, plan_rows(rows, cfg, kind), policy.cross_entropy, cfg.optim.kind, kind=kind)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from temper.core.config import Config
 from temper.core.errors import ConfigError, DataError, ManifestError
@@ -31,6 +31,7 @@ from temper.policy.adapters import LoraConfig
 from temper.policy.hardware import choose_precision
 from temper.policy.model import Policy
 from temper.policy.quantised import Quantisation
+from temper.policy.scalar_head import RewardModel
 from temper.rollout.environment import Environment, Task
 from temper.train import parallel
 from temper.train.learner import Learner, OptimConfig
@@ -44,7 +45,7 @@ Micro = Callable[[list[int], random.Random], list[list[int]]]  # the rows of one
 class StageConfig(Config):
     """The keys every stage knows. Paths may refer to any top-level key as `${key}`."""
 
-    stage: str = Field("", description="which stage this file configures: sft, preference, reward, rl or distill")
+    stage: str = Field("", description="which stage this file configures: sft, preference, kto, reward, process_reward, rl, ppo or distill")
     run: str = Field("runs/demo", description="the folder that the paths below refer to as ${run}")
     out: str = Field(description="the folder this stage writes")
     base: str = Field(description="the checkpoint it starts from: a folder, or a hub name")
@@ -53,7 +54,7 @@ class StageConfig(Config):
     device: str = Field("auto", description="auto, cpu or cuda")
     threads: int | None = Field(None, gt=0, description="CPU threads; null leaves torch's choice")
     optim: OptimConfig = OptimConfig()
-    max_tokens: int = Field(1024, gt=1, description="longest row; a longer one is cut, and refused where nothing trained is left")
+    max_tokens: int = Field(1024, gt=1, description="longest row of data: a longer one is cut, counted as cut, and refused where nothing trained is left; rl cuts demonstrations there too. What is sampled is as long as its environment lets it be: rl and ppo only divide by this, under aggregation: constant")
     tokens_per_batch: int = Field(8192, gt=0, description="positions computed at once, a micro-batch: memory, never the gradient; with bucket_steps above 1 also which rows share a step")
     layout: Literal["auto", "padded", "packed"] = Field(
         "auto", description="how rows are computed: padded; packed side by side; auto: packed, with what rows begin with alike computed once, where the model can"
@@ -74,6 +75,13 @@ class AdaptableConfig(StageConfig):
     adapter: str = Field("adapter", description="the adapter's name")
     initial_adapter: str | None = Field(None, description="folder of an adapter to go on from")
     quantise: Quantisation | None = Field(None, description="hold the frozen base in four bits while an adapter is trained (QLoRA): nf4")
+
+    @model_validator(mode="after")
+    def one_adapter(self) -> AdaptableConfig:
+        """Refuse a form for an adapter that has one already."""
+        if self.lora and self.initial_adapter:
+            raise ValueError("give `lora` for a fresh adapter or `initial_adapter` to go on from one: its form is that of the adapter")
+        return self
 
     @property
     def trains(self) -> str | None:
@@ -149,6 +157,13 @@ def prepare(cfg: AdaptableConfig) -> Policy:
     return policy
 
 
+def same_family(what: str, other: Policy | RewardModel, policy: Policy) -> None:
+    """Raise ConfigError where `other`, which `what` names, has another tokenizer or template than `policy`."""
+    if other.template.fingerprint != policy.template.fingerprint:
+        raise ConfigError(f"{what} has another tokenizer or template than {policy.path}", why="it would speak of other tokens than are trained",
+                          do="use a checkpoint of the same family, or leave it out")  # fmt: skip
+
+
 def hold_unseen(learner: Learner, rows: Rows[Sequence]) -> None:
     """Keep the embeddings of tokens that no row holds as they are.
 
@@ -185,7 +200,16 @@ def load_records(path: str) -> tuple[Manifest, list[Record]]:
 
 def rows_of(records: list[Record], template: Template, max_tokens: int) -> list[Sequence]:
     """Each record as a training row. Raises DataError naming the record that cannot be one."""
-    return [to_sequence(record, template, max_tokens) for record in track(records, "rows")]
+    rows = [to_sequence(record, template, max_tokens) for record in track(records, "rows")]
+    say_cut(rows, max_tokens)
+    return rows
+
+
+def say_cut(rows: Rows[Sequence], max_tokens: int) -> None:
+    """Say how many rows lost their ends, where any did: what is cut, an end token among it, is never learnt."""
+    cut = [row.cut for row in rows if row.cut]
+    if cut:
+        say(f"{len(cut)} of {len(rows)} rows are longer than max_tokens={max_tokens}: {sum(cut):,} tokens at their ends are not trained on")
 
 
 def training_tasks(environment: Environment) -> list[Task]:

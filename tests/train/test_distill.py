@@ -121,3 +121,14 @@ def test_estimates(deep, data) -> None:
     found = distill.estimate(distill.Config(out="o", base=deep, data=data, student={"layers": 2, "intermediate": 32}, **FAST))
     assert found.rows == 40
     assert found.parameters == found.trained
+
+
+def test_a_step_in_which_nobody_said_anything_is_counted_and_changes_nothing(deep, tmp_path, monkeypatch) -> None:
+    sampled = distill.sampled
+    monkeypatch.setattr(distill, "sampled", lambda *args: [] if args[-1] == 0 else sampled(*args))
+    keys = {"base": deep, "student": {"layers": 2}, "steps": 2, "tasks_per_step": 4, "on_policy": True, "environment": "worlds:say", "tokens_per_batch": 256}
+    monkeypatch.setattr(distill, "LARGEST_SHARE", 0.8)
+    result = distill.run(distill.Config(out=str(tmp_path / "out"), precision="float32", **keys))
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert result["steps"] == 2
+    assert ["loss" in line for line in logged] == [False, True]

@@ -249,3 +249,36 @@ def test_the_precision_follows_the_hardware_and_is_said(base, examples, monkeypa
 
 def test_rows_count_rows() -> None:
     assert rows(collate([Sequence([1, 2], [0.0, 1.0]), Sequence([1, 2, 3], [0.0, 1.0, 1.0])], 0)) == 2
+
+
+def test_a_try_that_failed_leaves_nothing_for_the_next(policy, examples) -> None:
+    """The second micro-batch fails, as for want of memory; tried again, the gradient is that of one try."""
+    batches, learner, calls = in_batches(examples, 2, policy.template.pad_id), Learner(policy, OptimConfig(), 10), []
+
+    def failing(batch) -> LossOut:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return policy.cross_entropy(batch)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        learner.forward_backward(batches, failing)
+    learner.forward_backward(batches, failing)
+    again = gradients(policy)
+    fresh = Learner(policy, OptimConfig(), 10)
+    fresh.forward_backward(batches, policy.cross_entropy)
+    assert all(torch.equal(again[name], gradient) for name, gradient in gradients(policy).items())
+
+
+def test_loading_forgets_what_was_under_way(policy, examples, tmp_path) -> None:
+    """A gradient that nobody stepped on, and moments that a checkpoint from before the first step does not have."""
+    batches, learner = in_batches(examples, 6, policy.template.pad_id), Learner(policy, OptimConfig(), 10)
+    (tmp_path / "start").mkdir()
+    learner.save(tmp_path / "start")
+    learner.forward_backward(batches, policy.cross_entropy)
+    expected = learner.optim_step()["grad_norm"], {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
+    learner.forward_backward(batches, policy.cross_entropy)
+    learner.load(tmp_path / "start")
+    learner.forward_backward(batches, policy.cross_entropy)
+    assert learner.optim_step()["grad_norm"] == expected[0]
+    assert all(torch.equal(weight, expected[1][name]) for name, weight in policy.model.named_parameters())

@@ -10,7 +10,7 @@ from torch import nn
 
 from temper.core.errors import MissingDependency
 from temper.policy import quantised
-from temper.train.optimizers import make_optimizer
+from temper.train.optimizers import bytes_of, make_optimizer
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 
@@ -51,6 +51,21 @@ def test_eight_bit_moments_stay_near_float32_ones_in_a_quarter_of_the_memory():
         return sum(value.numel() * value.element_size() for value in state.values())
 
     assert held(of_near) < 0.27 * held(of_exact)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_the_bytes_that_an_estimate_counts_are_those_that_are_held(kind):
+    """A gradient, and moments: of a matrix of 8,193 numbers, in eight bits with 33 scales each, and of a bias, always in float32."""
+    if kind != "adamw":
+        pytest.importorskip("bitsandbytes")
+    weights = [nn.Parameter(torch.randn(3, 2731)), nn.Parameter(torch.randn(128))]
+    optimizer = make_optimizer(kind, [{"params": weights, "weight_decay": 0.0}], **OPTIONS)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    held = [*moments, *(weight.grad for weight in weights)]
+    assert bytes_of(kind, weights) == sum(value.numel() * value.element_size() for value in held)
 
 
 def test_going_on_from_a_copy_of_the_state_gives_the_same_bytes():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_rl import FAST, episode, log_of
 
+from temper.core.errors import ConfigError
 from temper.core.records import Message, ToolCall
 from temper.data.batch import collate
 from temper.policy.model import Policy
@@ -205,3 +206,23 @@ def test_estimate(base) -> None:
     found = ppo.estimate(ppo.Config(**{"out": "o", "base": base, "steps": 5, **FAST}))
     assert found.steps == 5
     assert "policy and critic" in found.seconds_from
+    assert found.optimizer_mb == pytest.approx(2 * 12 * found.parameters / 2**20, abs=0.11)  # gradient and two moments of each, four bytes a number
+
+
+def test_a_step_of_several_updates_is_logged_whole(base, tmp_path) -> None:
+    """At rates that move nothing, two updates on halves of the episodes say what one on all of them says."""
+    still = {"optim": {"lr": 1e-30}, "critic_optim": {"lr": 1e-30}, "steps": 1}
+    for parts in (1, 2):
+        ppo.run(ppo.Config(**{"out": str(tmp_path / str(parts)), "base": base, **FAST, **still, "minibatches": parts}))
+    one, two = (log_of(tmp_path / str(parts))[0] for parts in (1, 2))
+    for name in ("loss", "entropy", "ratio", "tokens", "supervised", "critic_loss", "critic_value_clipped"):
+        assert two[name] == pytest.approx(one[name], abs=1e-4), name
+
+
+def test_a_critic_of_another_template_is_refused(base, tmp_path) -> None:
+    judge = RewardModel(Policy.load(base, precision="float32"))
+    judge.policy.tokenizer.chat_template = judge.policy.tokenizer.chat_template.replace("assistant", "helper")
+    judge.policy.__dict__.pop("template", None)
+    judge.save(tmp_path / "judge")
+    with pytest.raises(ConfigError, match="has another tokenizer or template"):
+        ppo.run(config(out=str(tmp_path / "out"), base=base, critic=str(tmp_path / "judge"), steps=1, **FAST))

@@ -18,7 +18,7 @@ from temper.policy.model import Policy
 from temper.policy.scalar_head import RewardModel
 from temper.train import preference, reward, sft
 from temper.train.learner import Learner, OptimConfig
-from temper.train.reference import cache_key
+from temper.train.reference import cache_key, with_reference
 
 FAST = {"pairs_per_step": 8, "tokens_per_batch": 256, "optim": {"lr": 1e-3}, "precision": "float32"}
 
@@ -225,3 +225,47 @@ def test_estimates(base, data) -> None:
     assert (found.rows, found.steps) == (64, 4)
     assert "more forward passes" in found.seconds_from
     assert reward.estimate(reward.Config(out="o", base=base, data=data, **FAST)).steps == 4
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_a_loss_without_a_reference_pays_for_none_unless_one_is_named(base, data, tmp_path, name) -> None:
+    keys = {"base": base, "data": data, "loss": name, "steps": 1, **FAST}
+    preference.run(preference.Config(out=str(tmp_path / "bare"), **keys))
+    preference.run(preference.Config(out=str(tmp_path / "watched"), reference="start", **keys))
+    assert [bool(list((tmp_path / folder).glob("reference-*"))) for folder in ("bare", "watched")] == [False, True]
+    assert ["chosen_drift" in (tmp_path / folder / "metrics.jsonl").read_text() for folder in ("bare", "watched")] == [False, True]
+
+
+def test_a_reference_of_another_config_is_another_reference(base, data) -> None:
+    """Equal weights under another norm give other log-probs; where the weights were read from changes nothing."""
+    policy = Policy.load(base, precision="float32")
+    rows = [row for pair in preference.pairs_of(sft.load_records(data)[1], policy.template, 1024) for row in pair]
+    before = cache_key(rows, policy)
+    policy.model.config._name_or_path = "elsewhere"
+    assert cache_key(rows, policy) == before
+    policy.model.config.rms_norm_eps = 1e-2
+    assert cache_key(rows, policy) != before
+
+
+def test_a_frozen_copy_of_a_trained_policy_may_be_the_reference(base, data, tmp_path) -> None:
+    """What iterative DPO needs: the copy stands still, however often its original has moved."""
+    policy = Policy.load(base, precision="float32")
+    policy.version = 5
+    rows = [row for pair in preference.pairs_of(sft.load_records(data)[1], policy.template, 1024) for row in pair]
+    zeros = [torch.zeros(len(row.tokens)) for row in rows]
+    with pytest.raises(ConfigError, match="has moved: 5 updates"):
+        with_reference(rows, policy, tmp_path, lambda asked: zeros)
+    assert len(with_reference(rows, policy.clone_reference(), tmp_path, lambda asked: zeros)) == len(rows)
+
+
+def test_a_fresh_adapter_and_one_to_go_on_from_exclude_each_other(base, data) -> None:
+    with pytest.raises(ValueError, match="give `lora` for a fresh adapter or `initial_adapter`"):
+        preference.Config(out="o", base=base, data=data, lora={"rank": 2}, initial_adapter="somewhere")
+
+
+def test_rows_that_lose_their_ends_are_counted_and_said(base, data, tmp_path, capsys) -> None:
+    whole = preference.run(preference.Config(out=str(tmp_path / "whole"), base=base, data=data, steps=1, **FAST))
+    short = whole["data"]["longest"] - 1
+    cut = preference.run(preference.Config(out=str(tmp_path / "cut"), base=base, data=data, steps=1, max_tokens=short, **FAST))
+    assert whole["data"]["cut"] == 0 < cut["data"]["cut"]
+    assert f"{cut['data']['cut']} of {cut['data']['rows']} rows are longer than max_tokens={short}" in capsys.readouterr().err

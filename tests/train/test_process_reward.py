@@ -92,6 +92,21 @@ def test_it_learns_which_step_is_wrong_and_loads_again(base, tmp_path) -> None:
     assert found.index(min(found)) == 1
     assert process_reward.run(cfg) == json.loads(json.dumps(result))
     assert process_reward.estimate(cfg).rows == 120
+    assert (result["data"]["cut"], result["judged_steps_cut"]) == (0, 0)
+
+
+def test_judged_steps_behind_the_cut_are_counted_and_said(base, template, tmp_path, capsys) -> None:
+    """Cut after the first record's second step: of each record the third is lost, and more of those with longer words."""
+    records = [labelled(record, [1, None, 0]) for record in solutions(6)]
+    longest = process_reward.step_ends(records[0], template, "paragraph")[1][1] + 1
+    ends = [end for record in records for at, end in enumerate(process_reward.step_ends(record, template, "paragraph")[1]) if at != 1]
+    lost = sum(end >= longest for end in ends)
+    cfg = config(out=str(tmp_path / "prm"), base=base, data=manifest(tmp_path / "rows", records), step="paragraph", max_tokens=longest, **FAST)
+    result = process_reward.run(cfg)
+    assert lost >= 1
+    assert result["judged_steps_cut"] == lost == 12 - result["judged_steps"]
+    assert result["data"]["cut"] == sum(len(process_reward.step_ends(record, template, "paragraph")[0]) > longest for record in records)
+    assert f"{lost} judged steps end behind max_tokens={longest}" in capsys.readouterr().err
 
 
 def test_the_score_is_read_after_the_step_and_not_before_it(base, template) -> None:

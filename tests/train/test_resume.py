@@ -13,12 +13,13 @@ from pathlib import Path
 
 import killed
 import pytest
+from test_process_reward import solutions
 from worlds import conversations, manifest, pairs
 
 from temper.train import STAGES, distill, load_stage, preference, stage
 
 # SIGKILLs of each stage: twenty fall on SFT, whose runs are the cheapest, a few on every other
-KILLS = {"sft": 20, "preference": 4, "reward": 4, "rl": 4, "distill": 4}
+KILLS = {"sft": 20, "preference": 4, "reward": 4, "rl": 4, "distill": 4, "kto": 2, "process_reward": 2, "ppo": 2}
 SMALL = {"tokens_per_batch": 256, "checkpoint_every": 2, "precision": "float32", "optim": {"lr": 1e-2}}
 
 
@@ -42,8 +43,11 @@ def stages(base: str, deep: str, folder: Path) -> dict[str, dict]:
         # LoRA dropout and the orders of epochs are in play
         "sft": {"base": base, "data": rows, "epochs": 6, "tokens_per_step": 130, "lora": {"rank": 4, "dropout": 0.2}, **SMALL, "tokens_per_batch": 128},
         "preference": {"base": base, "data": two_sided, "pairs_per_step": 4, **SMALL},
+        "kto": {"base": base, "data": two_sided, "answers_per_step": 8, **SMALL},
         "reward": {"base": base, "data": two_sided, "pairs_per_step": 4, **SMALL},
+        "process_reward": {"base": base, "data": manifest(folder / "solutions", solutions(24)), "step": "paragraph", "tokens_per_step": 130, **SMALL},
         "rl": {"base": base, "steps": 6, "tasks_per_step": 3, "group": 4, "minibatches": 2, "kl": 0.1, **world, **SMALL},
+        "ppo": {"base": base, "steps": 6, "tasks_per_step": 3, "group": 2, "at_cut": "judge", "kl": 0.1, **world, **SMALL},
         "distill": {"base": deep, "data": rows, "student": {"layers": 2}, "tokens_per_step": 100, **SMALL},
         "distill on policy": {"base": deep, "student": {"layers": 2}, "steps": 6, "tasks_per_step": 4, "on_policy": True, **world, **SMALL},
     }
@@ -55,6 +59,10 @@ def server():
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(["killed", "worlds", *STAGES.values()])
     return made
+
+
+def test_no_stage_is_left_out(base, tmp_path) -> None:
+    assert KILLS.keys() == STAGES.keys() == {name.split()[0] for name in stages(base, base, tmp_path)}
 
 
 @pytest.mark.parametrize("name", list(KILLS))
@@ -92,7 +100,7 @@ class Stop(Exception):
     """Stands for the end of a process, where killing one would only cost time."""
 
 
-@pytest.mark.parametrize("name", ["preference", "reward", "rl", "distill", "distill on policy"])
+@pytest.mark.parametrize("name", ["preference", "kto", "reward", "process_reward", "rl", "ppo", "distill", "distill on policy"])
 def test_every_stage_goes_on_to_the_same_bytes(base, deep, tmp_path, monkeypatch, name) -> None:
     """Stopped in step 5, one step after its last checkpoint, and started again."""
     monkeypatch.setattr(distill, "LARGEST_SHARE", 0.8)

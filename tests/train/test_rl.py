@@ -18,7 +18,8 @@ from temper.rollout.engine import Engine
 from temper.rollout.episodes import collect
 from temper.train import ppo, rl
 from temper.train.credit import AGGREGATIONS, credited, policy_loss
-from temper.train.learner import loss_weight
+from temper.train.episodes import over_parts
+from temper.train.learner import Learner, OptimConfig, loss_weight
 from temper.train.probes import hacking_probes, summarise
 
 FAST = {"tasks_per_step": 4, "group": 6, "precision": "float32", "optim": {"lr": 1e-2, "schedule": "constant"}, "environment": "worlds:say"}
@@ -188,3 +189,25 @@ def test_estimate_samples_and_trains_nothing(base) -> None:
     assert (found.rows, found.steps) == (len(WORDS), 5)
     assert "2 tasks sampled" in found.seconds_from
     assert found.tokens > 5 * 4 * 6  # five steps, four tasks, six episodes
+
+
+def test_the_metrics_of_two_updates_are_those_of_one_step() -> None:
+    """30 and 10 supervised tokens: a loss of (30·1 + 10·3)/40; tokens and seconds are added; the sampler is compared before the first."""
+    first = {"loss": 1.0, "mismatch": 0.0, "lr": 0.1, "tokens": 60, "positions": 64, "supervised": 30, "step_s": 1.0, "tokens_per_s": 60.0, "limit_share": 0.5}
+    second = {"loss": 3.0, "mismatch": 0.4, "lr": 0.2, "tokens": 20, "positions": 32, "supervised": 10, "step_s": 3.0, "tokens_per_s": 7.0, "limit_share": 0.1}
+    assert over_parts([first, second]) == pytest.approx(
+        {"loss": 1.5, "mismatch": 0.0, "lr": 0.2, "tokens": 80, "positions": 96, "supervised": 40, "step_s": 4.0, "tokens_per_s": 20.0, "limit_share": 0.2}
+    )
+    assert (over_parts([first]), over_parts([])) == (first, {})
+
+
+def test_a_step_of_several_updates_is_logged_whole(base) -> None:
+    """At a rate that moves nothing, three updates on parts of the episodes say what one on all of them says."""
+    policy = Policy.load(base, precision="float32")
+    groups = collect(Engine(policy), SayEnvironment(), SayEnvironment().tasks("train")[:3], group=4, temperature=1.0, seed=1)
+    rows = credited([[record.model_copy(update={"outcome": Outcome(reward=float(place))}) for place, record in enumerate(group)] for group in groups], config())
+    found = [rl.update(Learner(policy, OptimConfig(lr=1e-30), parts), None, rows, config(minibatches=parts)) for parts in (1, 3)]
+    assert found[0]["supervised"] == sum(row.supervised for row in rows)
+    for name in ("loss", "entropy", "ratio", "clipped", "tokens", "supervised"):
+        assert found[1][name] == pytest.approx(found[0][name], abs=1e-5), name
+    assert found[1]["tokens_per_s"] == pytest.approx(found[1]["tokens"] / found[1]["step_s"])

@@ -97,7 +97,10 @@ def test_reward_rises(base, tmp_path, keys) -> None:
     assert sum(missed[-3:]) < 0.5 * sum(missed[:3])
     assert all({"mismatch", "mismatch_kl"} <= row.keys() for row in log if row["trained_rows"])  # logged whatever corrects for it
     if "kl_target" in keys:
-        assert log[-1]["kl_coefficient"] != log[0]["kl_coefficient"] == 0.01
+        first, *_, last = (row["kl_coefficient"] for row in log if row["trained_rows"])  # a step in which every group agrees has none
+        assert last != first == 0.01
+    if "guidance" in keys:
+        assert {row["cut_guides"] for row in log} == {0}
 
 
 def test_a_batch_of_single_samples_is_credited_across_its_tasks() -> None:
@@ -152,6 +155,7 @@ def test_a_demonstration_is_one_more_sample_whose_log_probs_nobody_knows(sampled
     assert [max(row.advantages, key=abs) for row in rows] == pytest.approx([-1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5])
     cut = guide_of(Shown(), task, policy.template, guide.row.weights.index(1.0))
     assert cut.reward is None  # nothing of it is left to learn from
+    assert (guide.row.cut, cut.row.cut) == (0, len(guide.row.tokens) - guide.row.weights.index(1.0))
     with pytest.raises(ConfigError, match="has no demonstration"):
         guide_of(SayEnvironment(), SayEnvironment().tasks("train")[0], policy.template, 64)
 
@@ -165,6 +169,34 @@ def test_guided_tokens_are_no_mismatch_and_enter_no_kl(sampled) -> None:
     assert float(out.sums["mismatch"] / out.count) < 1e-5
     assert float(out.sums["kl"]) == pytest.approx(0.0, abs=1e-5)
     assert int(out.sums["guided"]) == sum(math.isnan(value) for row in rows for value in row.old_logprobs)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_only_own_tokens_have_is_a_mean_over_own_tokens(sampled, parts) -> None:
+    """Nothing has moved, so every own token's ratio is 1, however many demonstrated tokens the step holds."""
+    policy, groups = sampled
+    cfg = config(**keys_of("luffy") | {"tis_cap": None, "kl": 0.0, "entropy_bonus": 0.0, "aggregation": "token", "minibatches": parts})
+    rows = rows_of(policy, groups, cfg)
+    found = rl.update(Learner(policy, OptimConfig(lr=1e-30), parts), None, rows, cfg)
+    guides = [row for row in rows if any(map(math.isnan, row.old_logprobs))]
+    guided = sum(row.supervised for row in guides)
+    assert found["guided"] == pytest.approx(guided / sum(row.supervised for row in rows))
+    assert found["ratio"] == pytest.approx(1.0, abs=1e-5)
+    batch = collate(guides, policy.template.pad_id)
+    with torch.no_grad():
+        said_B_T = policy.token_logprobs(batch, temperature=0.7).logprobs_B_T.exp().where(batch.mask_B_T, 0.0)
+    assert found["guided_probability"] == pytest.approx(float(said_B_T.sum()) / guided, rel=1e-4)
+
+
+def test_the_mismatch_of_a_guided_step_is_that_of_own_tokens(sampled) -> None:
+    """The sampler says 0.5 nats less for every own token: ½ a token, whether it is measured with the first update or before it."""
+    policy, groups = sampled
+    for keys in ({"tis_cap": None}, {"tis_cap": 2.0}):
+        cfg = config(**keys_of("luffy") | {"kl": 0.0, "entropy_bonus": 0.0, "minibatches": 2} | keys)
+        rows = [dataclasses.replace(row, old_logprobs=[old - 0.5 * (weight != 0) for old, weight in zip(row.old_logprobs, row.weights, strict=True)])
+                for row in rows_of(policy, groups, cfg)]  # fmt: skip
+        found = rl.update(Learner(policy, OptimConfig(lr=1e-30), 2), None, rows, cfg)
+        assert found["mismatch"] == pytest.approx(0.5, abs=1e-4)
 
 
 def test_for_several_steps_the_clip_holds_to_the_learner_and_the_weight_corrects_for_the_sampler(sampled) -> None:

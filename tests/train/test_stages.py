@@ -18,6 +18,7 @@ from temper.core.storage import verify_folder
 from temper.policy.adapters import LoraConfig
 from temper.policy.model import Policy
 from temper.train import STAGES, load_stage, sft
+from temper.train.learner import OptimConfig
 from temper.train.stage import StageConfig, cut, plan_steps, tasks_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -165,6 +166,8 @@ def test_estimates_say_where_they_come_from(base, data, monkeypatch) -> None:
     count = sum(weight.numel() for weight in policy.model.parameters())
     assert (timed.parameters, timed.trained) == (count, count)
     assert timed.optimizer_mb == round(12 * count / 2**20, 1)  # gradient and two moments, four bytes each
+    small = sft.estimate(cfg.model_copy(update={"optim": OptimConfig(kind="adamw8bit")}))
+    assert small.optimizer_mb < 0.6 * timed.optimizer_mb  # of matrices a gradient of four bytes and two moments of one
     assert timed.seconds > 0
     assert "timed" in timed.seconds_from
     monkeypatch.setattr("temper.train.estimate.PROBE_BELOW", 0)
