@@ -118,7 +118,7 @@ def scaled(found: dict[str, Any], sampled: Sampled, config: Any) -> dict[str, An
     times = tokens_of_pass * steps / steps_of_pass / found["tokens"]
     return {
         "rows": sampled.planned, "tokens": round(found["tokens"] * times), "supervised": round(found["supervised"] * times), "steps": steps,
-        "seconds": round(found["seconds"] * times, 1),
+        "seconds": round(found["seconds"] * times, 3),
     }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def forecast_evaluations(cfg: PipelineConfig, steps: list[Step]) -> list[dict[st
         found.append(
             {
                 "phase": phase.name, "split": split, "tasks": len(tasks[split]), "tokens": round(tokens * rounds),
-                "seconds": round(seconds * rounds, 1), "seconds_from": source,
+                "seconds": round(seconds * rounds, 3), "seconds_from": source,
             }
         )  # fmt: skip
     return found

@@ -63,7 +63,7 @@ def estimate_rows(policy: Policy | RewardModel, rows: Rows[Sequence], plan: Plan
     return Estimate(
         rows=len(rows), tokens=tokens, supervised=supervised, steps=len(plan), parameters=count, trained=trained,
         weights_mb=round(sum(weight.numel() * weight.element_size() for weight in weights) / 2**20, 1),
-        optimizer_mb=megabytes(optimizer, [weight for weight in weights if weight.requires_grad]), seconds=round(seconds, 1), seconds_from=source,
+        optimizer_mb=megabytes(optimizer, [weight for weight in weights if weight.requires_grad]), seconds=round(seconds, 3), seconds_from=source,
     )  # fmt: skip
 
 

@@ -43,9 +43,9 @@ def stages(base: str, deep: str, folder: Path) -> dict[str, dict]:
         # LoRA dropout and the orders of epochs are in play
         "sft": {"base": base, "data": rows, "epochs": 6, "tokens_per_step": 130, "lora": {"rank": 4, "dropout": 0.2}, **SMALL, "tokens_per_batch": 128},
         "preference": {"base": base, "data": two_sided, "pairs_per_step": 4, **SMALL},
-        "kto": {"base": base, "data": two_sided, "answers_per_step": 8, **SMALL},
+        "kto": {"base": base, "data": two_sided, "answers_per_step": 8, "epochs": 3, **SMALL},
         "reward": {"base": base, "data": two_sided, "pairs_per_step": 4, **SMALL},
-        "process_reward": {"base": base, "data": manifest(folder / "solutions", solutions(24)), "step": "paragraph", "tokens_per_step": 130, **SMALL},
+        "process_reward": {"base": base, "data": manifest(folder / "solutions", solutions(24)), "step": "paragraph", "tokens_per_step": 130, "epochs": 6, **SMALL},
         "rl": {"base": base, "steps": 6, "tasks_per_step": 3, "group": 4, "minibatches": 2, "kl": 0.1, **world, **SMALL},
         "ppo": {"base": base, "steps": 6, "tasks_per_step": 3, "group": 2, "at_cut": "judge", "kl": 0.1, **world, **SMALL},
         "distill": {"base": deep, "data": rows, "student": {"layers": 2}, "tokens_per_step": 100, **SMALL},
