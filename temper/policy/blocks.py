@@ -29,7 +29,8 @@ FORBIDDEN = -1e30
 
 
 class Block(NamedTuple):
-    """Some queries and the keys that one of them sees, by flat place and by position; the last `own` keys are the queries' own."""
+    """Some queries and the keys that one of them sees, by flat place; `first` is the first query's position, `low` the first
+    key's. The last keys are the queries' own."""
 
     queries: list[int]
     first: int
@@ -43,12 +44,15 @@ class Block(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """`size` blocks of one shape, `queries` by `keys`, and the keys that each query does not see."""
+    """`size` blocks of one shape, `queries` by `keys`: the places of their queries and of their keys, and which of the last H keys a
+    query does not see. Every query sees all keys before those."""
 
     size: int
     queries: int
     keys: int
-    hidden_n_Q_K: Tensor
+    at_queries: slice
+    at_keys: slice
+    hidden_n_Q_H: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,15 @@ class Plan:
                 by_shape.setdefault(block.shape, []).append(block)
         self.batches: list[Batch] = []
         batched: list[list[Block]] = []
+        query = key = 0
         for (queries, keys), alike in by_shape.items():
             height = max(1, LARGEST_SCORES // (heads * queries * keys))
             for start in range(0, len(alike), height):
                 some = alike[start : start + height]
+                at_queries, at_keys = slice(query, query + len(some) * heads * queries), slice(key, key + len(some) * key_heads * keys)
                 batched.append(some)
-                self.batches.append(Batch(len(some), queries, keys, hidden(some, window)))
+                self.batches.append(Batch(len(some), queries, keys, at_queries, at_keys, hidden(some, window)))
+                query, key = at_queries.stop, at_keys.stop
         self.heads, self.key_heads = heads, key_heads
         total = rows * positions
         queries_of = [[(block.queries, len(block.queries)) for block in some] for some in batched]
@@ -101,15 +108,6 @@ class Plan:
         self.of_queries = gather(queries_of, [batch.queries for batch in self.batches], heads, total)
         self.of_keys = gather(keys_of, [batch.keys for batch in self.batches], key_heads, total)
         self.scores = heads * sum(batch.size * batch.queries * batch.keys for batch in self.batches)
-
-    def parts(self) -> list[tuple[slice, slice]]:
-        """The places of each batch's queries and keys."""
-        found, query, key = [], 0, 0
-        for batch in self.batches:
-            queries, keys = batch.size * self.heads * batch.queries, batch.size * self.key_heads * batch.keys
-            found.append((slice(query, query + queries), slice(key, key + keys)))
-            query, key = query + queries, key + keys
-        return found
 
     def blocks(self, places: Tensor, batch: Batch) -> Tensor:
         """A batch's gathered rows as matrices [blocks · key heads, ·, S]."""
@@ -137,13 +135,17 @@ def cut(span: Span, positions: int, window: int | None) -> list[Block]:
 
 
 def hidden(blocks: Sequence[Block], window: int | None) -> Tensor:
-    """[blocks, queries, keys] bool: the keys that a query does not see; padding sees what the last query sees, and nobody sees it."""
-    (queries, keys), ends = blocks[0].shape, [(block.first + len(block.queries) - 1, block.low + len(block.keys) - 1) for block in blocks]
-    at_n_Q = torch.arange(queries) + torch.tensor([[block.first] for block in blocks])
-    at_n_Q = torch.minimum(at_n_Q, torch.tensor([[last] for last, _ in ends]))
-    key_n_K = torch.arange(keys) + torch.tensor([[block.low] for block in blocks])
-    ahead_n_Q_K = at_n_Q[:, :, None] - key_n_K[:, None]
-    return (ahead_n_Q_K < 0) if window is None else (ahead_n_Q_K < 0) | (ahead_n_Q_K >= window)
+    """[blocks, queries, H] bool: which of the last H keys a query does not see; padding sees what the last query sees, and nobody sees it.
+
+    Without a window nothing before the queries themselves is hidden, so H does not grow with what stands before them.
+    """
+    queries, keys = blocks[0].shape
+    seen = min(block.first - block.low for block in blocks) if window is None else 0
+    last_n_1 = torch.tensor([[block.first + len(block.queries) - 1] for block in blocks])
+    at_n_Q = torch.minimum(torch.arange(queries) + torch.tensor([[block.first] for block in blocks]), last_n_1)
+    key_n_H = torch.arange(seen, keys) + torch.tensor([[block.low] for block in blocks])
+    ahead_n_Q_H = at_n_Q[:, :, None] - key_n_H[:, None]
+    return (ahead_n_Q_H < 0) if window is None else (ahead_n_Q_H < 0) | (ahead_n_Q_H >= window)
 
 
 def gather(batches: Sequence[Sequence[tuple[list[int], int]]], lengths: Sequence[int], heads: int, total: int) -> Gather:
@@ -184,9 +186,9 @@ class _BlockAttention(torch.autograd.Function):
         keeps = any(ctx.needs_input_grad) and plan.scores * 4 <= KEPT_BYTES
         kept, out = [], plan.of_queries.room(v.shape[-1])
         with torch.autocast("cpu", enabled=False):
-            for batch, (queries, keys) in zip(plan.batches, plan.parts(), strict=True):
-                p = probabilities(plan, batch, q[queries], k[keys])
-                torch.bmm(p, plan.blocks(v[keys], batch), out=plan.blocks(out[queries], batch))
+            for batch in plan.batches:
+                p = probabilities(plan, batch, q[batch.at_queries], k[batch.at_keys])
+                torch.bmm(p, plan.blocks(v[batch.at_keys], batch), out=plan.blocks(out[batch.at_queries], batch))
                 kept += [p] if keeps else []
         ctx.save_for_backward(query, key, value)
         ctx.plan, ctx.scale, ctx.kept = plan, scale, kept if keeps else None
@@ -201,7 +203,8 @@ class _BlockAttention(torch.autograd.Function):
         dq, dk, dv = plan.of_queries.room(q.shape[-1]), plan.of_keys.room(k.shape[-1]), plan.of_keys.room(v.shape[-1])
         kept = iter(ctx.kept or ())
         with torch.autocast("cpu", enabled=False):
-            for batch, (queries, keys) in zip(plan.batches, plan.parts(), strict=True):
+            for batch in plan.batches:
+                queries, keys = batch.at_queries, batch.at_keys
                 q_n, g_n, k_n, v_n = (plan.blocks(x, batch) for x in (q[queries], g[queries], k[keys], v[keys]))
                 p = next(kept, None)
                 p = probabilities(plan, batch, q[queries], k[keys]) if p is None else p
@@ -217,7 +220,8 @@ class _BlockAttention(torch.autograd.Function):
 def probabilities(plan: Plan, batch: Batch, q: Tensor, k: Tensor) -> Tensor:
     """softmax of a batch's scores, [blocks · key heads, queries of all heads that share it, keys]."""
     scores = torch.bmm(plan.blocks(q, batch), plan.blocks(k, batch).transpose(1, 2))
-    scores.view(batch.size, plan.heads, batch.queries, batch.keys).masked_fill_(batch.hidden_n_Q_K[:, None], FORBIDDEN)
+    hidden_n_1_Q_H = batch.hidden_n_Q_H[:, None]
+    scores.view(batch.size, plan.heads, batch.queries, batch.keys)[..., -hidden_n_1_Q_H.shape[-1] :].masked_fill_(hidden_n_1_Q_H, FORBIDDEN)
     return torch.softmax(scores, -1, out=scores)
 
 

@@ -313,3 +313,10 @@ def test_a_layout_is_lean():
     assert layout.positions_R_L.tolist() == [[*range(20), 20, 21, 20, 21]]
     assert layout.at_B_T.tolist() == [[*range(22)], [*range(20), 22, 23]]
     assert layout.spans == (Span(0, 0, 20), Span(0, 20, 22, ((0, 20),)), Span(0, 22, 24, ((0, 20),)))
+
+
+@pytest.mark.parametrize("length", [600, 2400])
+def test_the_masks_of_a_long_sequence_grow_with_it_and_not_with_its_square(length):
+    """Keys before a block's own queries are seen by all of them: they need no mask."""
+    plan = blocks.Plan([Span(0, 0, length)], 1, length, 2, 2, None)
+    assert sum(batch.hidden_n_Q_H.numel() for batch in plan.batches) <= 1.3 * length * blocks.QUERIES
