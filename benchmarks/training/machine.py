@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 SIZES = (512, 768, 1024, 2048)
 SECONDS = 0.5  # of each size and library
-VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
+VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "liger_kernel", "accelerate")
 
 
 def main() -> None:
@@ -48,8 +49,11 @@ def describe(device: str, threads: int) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what is compared, where installed."""
-    installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
-    return {name: installed[name] for name in VERSIONS if name in installed}
+    found = {}
+    for name in VERSIONS:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def limit(device: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""TRL's side, at its strongest: float32 on a CPU, no checkpointing, no NaN filter, one of the variants below.
+"""TRL's side, at its strongest: float32 on a CPU, bfloat16 on a GPU, no checkpointing, no NaN filter, one of the variants below.
 
 Runs in an environment of its own, where temper is not installed. What TRL samples itself (GRPO, distillation) is
 replaced by the fixed answers of the rows, so that only the update is measured.
@@ -6,6 +6,8 @@ replaced by the fixed answers of the rows, so that only the update is measured.
 
 from __future__ import annotations
 
+import gc
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +30,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.trainer import dpo_trainer
 from worker import serve
 from workloads import BETA, CHECK_STEPS, CLIP, GROUP, MODELS, PAD, RANK, RATE, Workload, by_name, check_rows, rows_of, size
 
@@ -41,21 +44,27 @@ KINDS = {
 
 
 class Peer:
-    """One workload on TRL in one variant: `grouped` (rows stand by length), `bfd` (packed), with `+compile` or `+flex` where asked."""
+    """One workload on TRL in one variant: `grouped` (rows stand by length) or `bfd` (packed), each with what is added by `+`:
+
+    `liger` (Liger's kernels of norm, rotation and MLP), `flex` (FlexAttention), `compile` (torch.compile; on a GPU layer by
+    layer, for any length), `onednn` (float32 products as temper sends them).
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
         self.job, self.cuda = job, job["device"].startswith("cuda")
-        self.workload: Workload = by_name([job["workload"]], job["device"], tiny=job["tiny"])[0]
+        self.workload: Workload = by_name([job["workload"]], job["device"], tiny=job["tiny"], changed=job["changed"])[0]
         self.folder = Path(job["models"]) / self.workload.model
         self.variant: set[str] = set(job["variant"].split("+"))
         if "onednn" in self.variant:
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # as temper sends float32 products to oneDNN
+        if self.cuda:
+            os.environ |= {"ACCELERATE_DYNAMO_USE_DYNAMIC": "true", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"}
 
     def check(self) -> list[float]:
-        """The losses of CHECK_STEPS steps on the check rows, which make one batch."""
+        """The losses of CHECK_STEPS steps on the check rows, which make one batch. Nothing is compiled for so few."""
         rows = check_rows(self.workload)
-        trainer = self.trainer(rows, width=len(rows), accumulate=1)
+        trainer = self.trainer(rows, width=len(rows), accumulate=1, compiled=False)
         found: list[float] = []
         inner = trainer.training_step
 
@@ -73,14 +82,45 @@ class Peer:
         """The trainer; DPO computes its reference in there, once."""
         started = time.perf_counter()
         width, accumulate = self.workload.peer_rows, self.workload.step_rows // self.workload.peer_rows
-        if "bfd" in self.variant:  # the collator lays a batch's packed rows into one row under a dense mask: one at a time is cheapest
-            width, accumulate = 1, self.packed_rows_of_step()
-        self.made = self.trainer(rows_of(self.workload), width=width, accumulate=accumulate)
+        if "bfd" in self.variant:
+            of_step = self.packed_rows_of_step()
+            width = min(of_step, self.packed_rows_of_batch())
+            accumulate = max(1, round(of_step / width))
+        self.made = self.trainer(rows_of(self.workload), width=width, accumulate=accumulate, compiled="compile" in self.variant)
         return {"reference_s": self.made.reference_s, "trainer_s": time.perf_counter() - started}
 
-    def warm(self) -> float:
-        """The first step, compilation included."""
-        return self.train(max_steps=1)
+    def warm(self) -> dict[str, float]:
+        """One step, compilation included: the shortest rows; on a GPU the longest, in the largest micro-batch that it can hold."""
+        if not self.cuda:
+            return {"warm_s": self.train(max_steps=1)}
+        every, args = self.made.train_dataset, self.made.args
+        count = min(len(every), args.per_device_train_batch_size * args.gradient_accumulation_steps)
+        longest = range(count) if "bfd" in self.variant else range(len(every) - count, len(every))
+        self.made.train_dataset = every.select(longest)
+        while not (seconds := self.fits()):
+            self.halve()
+        self.made.train_dataset = every
+        return {"warm_s": seconds, "micro_batch": args.per_device_train_batch_size}
+
+    def fits(self) -> float:
+        """Seconds of a step, 0 where memory does not suffice. Raises torch.OutOfMemoryError where no smaller micro-batch is left."""
+        try:
+            return self.train(max_steps=1)
+        except torch.OutOfMemoryError:
+            if self.made.args.per_device_train_batch_size == 1:
+                raise
+            return 0.0
+
+    def halve(self) -> None:
+        """Micro-batches of half as many rows, twice as many a step."""
+        args = self.made.args
+        args.per_device_train_batch_size //= 2
+        args.gradient_accumulation_steps *= 2
+        self.made._train_batch_size = args.per_device_train_batch_size
+        self.made.model.zero_grad()
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
 
     def measured(self) -> float:
         """One epoch."""
@@ -99,12 +139,17 @@ class Peer:
         tokens = sum(map(size, rows_of(self.workload))) * self.workload.step_rows / self.workload.rows
         return max(1, round(tokens / self.workload.lengths[1]))
 
-    def trainer(self, rows: list[dict[str, Any]], *, width: int, accumulate: int) -> Any:
+    def packed_rows_of_batch(self) -> int:
+        """How many packed rows make a micro-batch: the collator lays them into one row. FlexAttention skips what a dense mask
+        would compute, so that only without it one at a time is cheapest."""
+        return max(1, self.workload.tokens_per_batch // self.workload.lengths[1]) if "flex" in self.variant else 1
+
+    def trainer(self, rows: list[dict[str, Any]], *, width: int, accumulate: int, compiled: bool) -> Any:
         """A fresh trainer on `rows` in their order, `width` rows a micro-batch."""
         torch.manual_seed(0)
         kind = self.workload.kind
         make, config = KINDS[kind]
-        args = config(**self.arguments(width * (GROUP if kind == "grpo" else 1), accumulate), **self.special(kind))
+        args = config(**self.arguments(width * (GROUP if kind == "grpo" else 1), accumulate), torch_compile=compiled, **self.special(kind))
         options: dict[str, Any] = {"peft_config": _lora()} if self.workload.lora and kind != "reward" else {}
         if kind == "grpo":
             options["reward_funcs"] = lambda completions, **_: [0.0] * len(completions)
@@ -125,7 +170,7 @@ class Peer:
         """A causal model from its checkpoint."""
         attention = "flex_attention" if "flex" in self.variant else "sdpa"
         dtype = torch.bfloat16 if self.cuda and self.workload.lora else torch.float32
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).to(self.job["device"])
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, device_map=self.job["device"])
 
     def scalar_model(self) -> Any:
         """The same decoder with the scalar head that both sides load."""
@@ -141,7 +186,8 @@ class Peer:
             "per_device_train_batch_size": width, "gradient_accumulation_steps": accumulate, "num_train_epochs": 1,
             "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
             "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "optim": "adamw_torch_fused",
-            "bf16": self.cuda, "gradient_checkpointing": False, "use_cpu": not self.cuda, "torch_compile": "compile" in self.variant,
+            "bf16": self.cuda, "gradient_checkpointing": False, "use_cpu": not self.cuda,
+            "use_liger_kernel": "liger" in self.variant, "dataloader_num_workers": 2 if self.cuda else 0,
             "logging_nan_inf_filter": False, "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
             "dataloader_pin_memory": self.cuda, "seed": 0,
         }  # fmt: skip
@@ -200,6 +246,7 @@ def timed(make: Any, rows: list[dict[str, Any]]) -> Any:
 
     if make is DPOTrainer:
         Timed._prepare_dataset = keep
+        dpo_trainer.hash_module = lambda module: ""  # names the file of the reference's log-probs; of 8B it takes a minute
     if make in (GRPOTrainer, DistillationTrainer):
         Timed._generate_and_score_completions = from_rows
     return Timed

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from workloads import EOS, FIRST_TOKEN, MODELS, PAD, RANK, Architecture
 
-LARGE = 1 << 29  # weights: above this a checkpoint is saved in bfloat16
+LARGE = 1 << 29  # weights: above this a model is made and saved in bfloat16, on the GPU where there is one
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
@@ -41,13 +43,24 @@ def prepare(sizes: Architecture, folder: Path) -> None:
         pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None, attention_dropout=0.0,
     )  # fmt: skip
     large = sizes.body + 2 * sizes.width * sizes.vocab > LARGE
-    torch.set_default_device("cuda" if large and torch.cuda.is_available() else "cpu")
-    model = LlamaForCausalLM(config).to(torch.bfloat16 if large else torch.float32)
+    with torch.device("cuda" if large and torch.cuda.is_available() else "cpu"), default_dtype(torch.bfloat16 if large else torch.float32):
+        model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer(sizes.vocab).save_pretrained(folder)
-    save_file({"weight": torch.randn(1, sizes.width, device="cpu") * 0.05}, folder / "score.safetensors")
+    save_file({"weight": torch.randn(1, sizes.width) * 0.05}, folder / "score.safetensors")
     adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block new weights have `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def tokenizer(vocab: int) -> PreTrainedTokenizerFast:

@@ -4,9 +4,10 @@
     make bench WORKLOADS=sft_full,dpo       # some of it
     python benchmarks/training/run.py --peer .venv-peer/bin/python --threads 2 --workloads dpo --out benchmarks/results
 
-For each workload: both sides first train the same rows from the same weights and must say the same losses; then each
-runs in a process of its own, warmed up, pass by pass in turn (peer, temper, peer, temper). Medians and spread go to
-a JSON file and a table, written again after every workload. A side that fails is reported; the rest goes on.
+For each workload every side is a process of its own. Both sides first train the same rows from the same weights and must
+say the same losses; then each is warmed up and measured, on a CPU pass by pass in turn (peer, temper, peer, temper), on a
+GPU one after the other, so that each has all its memory. Medians and spread go to a JSON file and a table, written again
+after every workload. A side that fails is reported; the rest goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from threading import Timer
@@ -29,8 +31,11 @@ from workloads import CHECK_ROWS, CHECK_STEPS, Workload, by_name, described, mea
 HERE = Path(__file__).resolve().parent
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of a loss, relative to it or to one
 TIMEOUT = 400.0  # seconds that one command of one side may take: an hour of compiling is no variant to measure
-# what TRL offers; the fastest in its first pass is measured on. Compilation is tried where it can pay within the time of a pass
-VARIANTS = {"cpu": {"sft": ["grouped", "bfd", "grouped+compile"]}, "cuda": {"sft": ["grouped", "bfd+flex", "grouped+compile"], "dpo": ["grouped", "grouped+compile"]}}
+# what TRL offers, the likely fastest first; the fastest in its first pass is the peer
+VARIANTS = {
+    "cpu": {"sft": ["grouped", "bfd", "grouped+compile"]},
+    "cuda": {"sft": ["bfd+flex+liger", "grouped+liger"], "dpo": ["grouped+liger"]},
+}
 
 
 class SideError(RuntimeError):
@@ -94,8 +99,8 @@ def read_line(child: subprocess.Popen[str], timeout: float) -> str:
 def main() -> int:
     """The command line; 1 where a workload has no ratio."""
     told = arguments()
-    workloads = by_name([name for name in told.workloads.split(",") if name], told.device, tiny=told.tiny)
-    precision = "bfloat16" if told.device.startswith("cuda") else "float32"
+    workloads = by_name([name for name in told.workloads.split(",") if name], told.device, tiny=told.tiny, changed=told.set)
+    precision = "bfloat16" if on_gpu(told) else "float32"
     scratch, models = Path(tempfile.mkdtemp(prefix="bench-")), told.work / "models"
     names = sorted({name for workload in workloads for name in (workload.model, workload.teacher) if name} | {"tiny"})
     call([sys.executable, str(HERE / "prepare.py"), str(models.resolve()), *names])
@@ -104,11 +109,11 @@ def main() -> int:
                                "device": told.device, "precision": precision, "workloads": {}}  # fmt: skip
     started = time.monotonic()
     for workload in workloads:
-        job = {"workload": workload.name, "tiny": told.tiny, "models": str(models.resolve()), "device": told.device, "threads": told.threads,
-               "precision": precision, "timeout": told.timeout}  # fmt: skip
+        job = {"workload": workload.name, "tiny": told.tiny, "changed": told.set, "models": str(models.resolve()), "device": told.device,
+               "threads": told.threads, "precision": precision, "timeout": told.timeout}  # fmt: skip
         print(f"== {workload.name}: {workload.title}", flush=True)
         results["workloads"][workload.name] = described(workload) | compare(workload, job, told, scratch)
-        results["limits"] += limits(told, results["workloads"][workload.name])
+        results["limits"] += [] if on_gpu(told) else limits(told, results["workloads"][workload.name])
         results["minutes"] = round((time.monotonic() - started) / 60, 1)
         report.write(results, told.out)
         print(report.lines(results, workload.name), flush=True)
@@ -129,7 +134,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds that one step or pass of one side may take")
     parser.add_argument("--passes", type=int, default=2, help="measured passes of each side")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; cuda has workloads of its own")
-    parser.add_argument("--variants", default="", help="TRL's variants to try instead of the usual ones: grouped, bfd, each with +compile, +flex, +onednn")
+    parser.add_argument("--variants", default="", help="TRL's variants to try instead of the usual ones: grouped, bfd, each with +liger, +compile, +flex, +onednn")
+    parser.add_argument("--set", type=numbers, default={}, help="other sizes: rows=64,step_rows=16,peer_rows=4,tokens_per_batch=8192, or some of them")
     parser.add_argument("--tiny", action="store_true", help="a tiny model under every workload, to try the harness itself")
     parser.add_argument("--extras", action="store_true", help="with named workloads too: cost by tokens, start-up")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where the models are kept")
@@ -137,92 +143,104 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def numbers(text: str) -> dict[str, int]:
+    """`name=number,…` as a dictionary."""
+    return {name: int(number) for name, _, number in (part.partition("=") for part in text.split(","))}
+
+
+def on_gpu(told: argparse.Namespace) -> bool:
+    """Whether a GPU is measured."""
+    return bool(told.device.startswith("cuda"))
+
+
 # --- one workload ---
 
 
 def compare(workload: Workload, job: dict[str, Any], told: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Losses, then passes in turn; what failed is said under `errors`."""
-    made: dict[str, Any] = {"size": vars(measure(workload)), "errors": []}
-    sides: dict[str, Process] = {}
+    """Losses and passes of both sides; what failed is said under `errors`. Every process imports what it needs before one works."""
+    made: dict[str, Any] = {"size": vars(measure(workload)), "errors": [], "ours": {}, "check": f"{CHECK_STEPS} steps on up to {CHECK_ROWS} rows"}
+    named = told.variants.split(",") if told.variants else VARIANTS["cuda" if on_gpu(told) else "cpu"].get(workload.kind, ["grouped"])
+    ours = Process(sys.executable, "ours.py", job | {"variant": "-"}, scratch)
+    peers = {variant: Process(told.peer, "peer.py", job | {"variant": variant}, scratch) for variant in ([] if told.no_peer else named)}
     try:
-        agree(workload, job, told, scratch, made)
-        peer_pass = None if told.no_peer else choose_variant(workload, job, told, scratch, made, sides)
-        sides["ours"] = ready(Process(sys.executable, "ours.py", job | {"variant": "-"}, scratch), made.setdefault("ours", {}))
-        for turn in range(told.passes):
-            for name in [name for name in ("peer", "ours") if name in sides]:
-                first = turn == 0 and name == "peer"
-                made[name].setdefault("passes_s", []).append(peer_pass if first else sides[name].ask("pass")["seconds"])
-        for name, side in sides.items():
-            made[name]["peak_bytes"] = side.ask("memory")["bytes"]
+        for side in (ours, *peers.values()):
+            with suppress(SideError):  # it will say so again when it is asked to work
+                side.ask("ready")
+        made["losses"] = {"ours": ours.ask("check")["losses"]}
+        if on_gpu(told):
+            get_ready(ours, made["ours"])
+            measure_on([(ours, made["ours"])], told.passes)
+        chosen = choose_variant(peers, told, made) if peers else None
+        if not on_gpu(told):
+            get_ready(ours, made["ours"])
+            measure_on([*([(chosen, made["peer"])] if chosen else []), (ours, made["ours"])], told.passes)
     except SideError as error:
         made["errors"].append(str(error))
     finally:
-        for side in sides.values():
+        for side in (ours, *peers.values()):
             side.close()
-    return conclude(made)
+    return conclude(made, job["precision"])
 
 
-def agree(workload: Workload, job: dict[str, Any], told: argparse.Namespace, scratch: Path, made: dict[str, Any]) -> None:
-    """Both sides' losses of the same few steps, and how far they are apart."""
-    losses = {}
-    pythons = {"ours": sys.executable} if told.no_peer else {"ours": sys.executable, "peer": told.peer}
-    for name, python in pythons.items():
-        side = Process(python, f"{name}.py", job | {"variant": "grouped"}, scratch)
+def choose_variant(peers: dict[str, Process], told: argparse.Namespace, made: dict[str, Any]) -> Process:
+    """The peer's fastest variant of those that say our losses, on a GPU measured to the end; its first pass, which chose it, counts."""
+    tried: dict[str, dict[str, Any]] = {variant: {} for variant in peers}
+    made["variants"], best = tried, ""
+    for variant, side in peers.items():
+        figures = tried[variant]
         try:
-            losses[name] = side.ask("check")["losses"]
-        finally:
-            side.close()
-    made["losses"], made["check"] = losses, f"{CHECK_STEPS} steps on up to {CHECK_ROWS} rows"
-    if len(losses) == 2:
-        apart = max(abs(one - other) / max(1.0, abs(one)) for one, other in zip(losses["ours"], losses["peer"], strict=True))
-        made["losses_apart"], made["losses_agree"] = apart, apart <= TOLERANCE[job["precision"]]
-
-
-def choose_variant(
-    workload: Workload, job: dict[str, Any], told: argparse.Namespace, scratch: Path, made: dict[str, Any], sides: dict[str, Process]
-) -> float:
-    """Put the peer's fastest variant into `sides`; its first pass, which chose it, counts as its first measured one."""
-    named = told.variants.split(",") if told.variants else VARIANTS[told.device.split(":")[0]].get(workload.kind, ["grouped"])
-    tried: dict[str, dict[str, Any]] = {}
-    best = ""
-    for variant in named:
-        figures: dict[str, Any] = {}
-        try:
-            side = ready(Process(told.peer, "peer.py", job | {"variant": variant}, scratch), figures)
-        except SideError as error:
-            tried[variant] = {"error": str(error)}
-            continue
-        try:
-            figures["pass_s"] = side.ask("pass")["seconds"]
+            figures["losses"] = side.ask("check")["losses"]
+            figures["losses_apart"] = apart(made["losses"]["ours"], figures["losses"])
+            get_ready(side, figures)
+            figures["passes_s"] = [side.ask("pass")["seconds"]]
+            if best and rank(figures, told) >= rank(tried[best], told):
+                side.close()
+                continue
+            if on_gpu(told):
+                measure_on([(side, figures)], told.passes)
         except SideError as error:
             figures["error"] = str(error)
-        tried[variant] = figures
-        if "error" in figures or (best and figures["pass_s"] >= tried[best]["pass_s"]):
             side.close()
             continue
-        if "peer" in sides:
-            sides.pop("peer").close()
-        sides["peer"], best = side, variant
-    made["variants"] = tried
+        if best:
+            peers[best].close()
+        best = variant
     if not best:
         raise SideError(f"no variant of the peer ran: {next(iter(tried.values()))['error']}")
-    made["peer"] = {"variant": best} | {name: value for name, value in tried[best].items() if name != "pass_s"}
-    return float(tried[best]["pass_s"])
+    made["peer"] = {"variant": best, **tried[best]}
+    made["losses"]["peer"], made["losses_apart"] = tried[best]["losses"], tried[best]["losses_apart"]
+    return peers[best]
 
 
-def ready(side: Process, figures: dict[str, Any]) -> Process:
-    """`side` loaded and warm; what that took is noted in `figures`. A side that cannot is closed, and SideError goes on."""
-    try:
-        loaded = side.ask("load")
-        figures |= {name: value for name, value in loaded.items() if name == "reference_s" and value}
-        figures["warm_s"] = side.ask("warm")["seconds"]
-    except SideError:
+def apart(ours: list[float], theirs: list[float]) -> float:
+    """How far the losses are apart, relative to ours or to one."""
+    return max(abs(one - other) / max(1.0, abs(one)) for one, other in zip(ours, theirs, strict=True))
+
+
+def rank(figures: dict[str, Any], told: argparse.Namespace) -> tuple[bool, float]:
+    """Least where a variant is to be preferred."""
+    return figures["losses_apart"] > TOLERANCE["bfloat16" if on_gpu(told) else "float32"], figures["passes_s"][0]
+
+
+def get_ready(side: Process, figures: dict[str, Any]) -> None:
+    """Load and warm up; what that took is noted in `figures`."""
+    loaded = side.ask("load")
+    figures |= {name: value for name, value in loaded.items() if name == "reference_s" and value}
+    figures |= side.ask("warm")
+
+
+def measure_on(sides: list[tuple[Process, dict[str, Any]]], passes: int) -> None:
+    """Passes in turn until each side has as many, then its memory; they are closed."""
+    for turn in range(passes):
+        for side, figures in sides:
+            if len(figures.setdefault("passes_s", [])) <= turn:
+                figures["passes_s"].append(side.ask("pass")["seconds"])
+    for side, figures in sides:
+        figures["peak_bytes"] = side.ask("memory")["bytes"]
         side.close()
-        raise
-    return side
 
 
-def conclude(made: dict[str, Any]) -> dict[str, Any]:
+def conclude(made: dict[str, Any], precision: str) -> dict[str, Any]:
     """Medians, spread, speeds; and the ratio, if the losses agree. DPO's reference counts once, as a part of one pass."""
     for name in ("peer", "ours"):
         side = made.get(name, {})
@@ -234,11 +252,12 @@ def conclude(made: dict[str, Any]) -> dict[str, Any]:
         operations = made["size"]["operations"] + made["size"]["reference_operations"]
         side["operations_per_s"] = operations / side["seconds"]
     if "seconds" in made.get("peer", {}) and "seconds" in made.get("ours", {}):
-        if made.get("losses_agree"):
+        made["losses_agree"] = made["losses_apart"] <= TOLERANCE[precision]
+        if made["losses_agree"]:
             made["ratio"] = made["peer"]["seconds"] / made["ours"]["seconds"]
             made["training_ratio"] = median(made["peer"]["passes_s"]) / median(made["ours"]["passes_s"])
         else:
-            made["errors"].append(f"no ratio: the losses are {made.get('losses_apart', float('nan')):.1e} apart")
+            made["errors"].append(f"no ratio: the losses are {made['losses_apart']:.1e} apart")
     return made
 
 

@@ -1,7 +1,8 @@
 """One side of the benchmark as a process: it answers commands, one JSON line each, on its own standard output.
 
-`check` trains a few steps on a few rows and says their losses, `warm` does one optimizer step, `pass` one measured
-pass over all rows, `memory` says the peak. A command that fails is answered with the error; the process goes on.
+`ready` is answered once everything is imported, `check` trains a few steps on a few rows and says their losses, `load`
+makes ready for `warm`, one optimizer step, and `pass`, one measured pass over all rows; `memory` says the peak since
+`load`. A command that fails is answered with the error; the process goes on.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Side(Protocol):
         """Make ready for `warm` and `measured`; {"reference_s": …} where reference log-probs were computed."""
         ...
 
-    def warm(self) -> float:
-        """One optimizer step."""
+    def warm(self) -> dict[str, float]:
+        """One optimizer step: its seconds as {"warm_s": …}, and what else it found out."""
         ...
 
     def measured(self) -> float:
@@ -55,13 +56,16 @@ def serve(make: Any) -> None:
 
 def run(side: Side, command: str, job: dict[str, Any]) -> dict[str, Any]:
     """One command."""
+    if command == "ready":
+        return {}
     if command == "check":
         return {"losses": side.check()}
     if command == "load":
+        forget_peak(job["device"])
         started = time.perf_counter()
         return {**side.load(), "load_s": time.perf_counter() - started}
     if command == "warm":
-        return {"seconds": side.warm()}
+        return side.warm()
     if command == "pass":
         gc.collect()
         return {"seconds": side.measured()}
@@ -70,8 +74,20 @@ def run(side: Side, command: str, job: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"unknown command {command!r}")
 
 
+def forget_peak(device: str) -> None:
+    """Peak memory counts from here, where the system can forget the one so far."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: str) -> int:
-    """Bytes at the peak so far: of the process (resident), or of the GPU."""
+    """Bytes at the peak since `forget_peak`: of the process (resident), or of the GPU."""
     if device.startswith("cuda"):
         import torch
 

@@ -113,12 +113,13 @@ CPU = [
 
 CUDA = [
     Workload("sft_full_0.5b", "SFT, full, 0.5B, packed", "sft", "0.5b", 512, 64, 16, lengths=(64, 2048), tokens_per_batch=16384),
-    Workload("sft_lora_1.5b", "SFT, LoRA r16, 1.5B, packed", "sft", "1.5b", 512, 64, 16, lora=True, lengths=(64, 2048), tokens_per_batch=16384, target_ratio=1.3, target_share=0.5),
-    Workload("sft_lora_8b", "SFT, LoRA r16, 8B, packed", "sft", "8b", 128, 32, 4, lora=True, lengths=(64, 2048), tokens_per_batch=8192, target_ratio=1.3, target_share=0.5),
-    Workload("dpo_1.5b", "DPO, LoRA r16, 1.5B", "dpo", "1.5b", 256, 32, 8, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=16384, target_ratio=1.3, target_share=0.5),
+    Workload("sft_lora_1.5b", "SFT, LoRA r16, 1.5B, packed", "sft", "1.5b", 512, 64, 8, lora=True, lengths=(64, 2048), tokens_per_batch=16384, target_ratio=1.3, target_share=0.5),
+    Workload("sft_lora_8b", "SFT, LoRA r16, 8B, packed", "sft", "8b", 96, 32, 4, lora=True, lengths=(64, 2048), tokens_per_batch=8192, target_ratio=1.3, target_share=0.5),
+    Workload("dpo_1.5b", "DPO, LoRA r16, 1.5B", "dpo", "1.5b", 256, 32, 4, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=16384, target_ratio=1.3, target_share=0.5),
     Workload("dpo_8b", "DPO, LoRA r16, 8B", "dpo", "8b", 64, 16, 2, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=8192, target_ratio=1.3, target_share=0.5),
 ]  # fmt: skip
 
+CHANGEABLE = {"rows", "step_rows", "peer_rows", "tokens_per_batch"}
 SUPERVISED = 0.4  # share of an SFT row that is trained: its end
 
 
@@ -225,17 +226,21 @@ def _attended(row: dict[str, Any]) -> float:
     return prompt * (prompt + 1) / 2 + sum(len(answer) * (prompt + (len(answer) + 1) / 2) for answer in row["answers"])
 
 
-def by_name(names: list[str], device: str, *, tiny: bool = False) -> list[Workload]:
-    """The workloads of a device, all or those named; `tiny` puts a tiny model under each, to try the harness itself.
+def by_name(names: list[str], device: str, *, tiny: bool = False, changed: dict[str, int] | None = None) -> list[Workload]:
+    """The workloads named, else all of a device. `tiny` puts a tiny model under each, to try the harness itself; `changed`
+    are other numbers for their fields (rows, peer_rows, tokens_per_batch).
 
-    Raises SystemExit naming one that is not there.
+    Raises SystemExit naming one that is not there, or a field that cannot be changed.
     """
-    every = {workload.name: workload for workload in (CUDA if device.startswith("cuda") else CPU)}
-    if tiny:
-        every = {name: replace(workload, model="tiny", teacher=workload.teacher and "tiny") for name, workload in every.items()}
+    every = {workload.name: workload for workload in CPU + CUDA}
     if unknown := [name for name in names if name not in every]:
-        raise SystemExit(f"error: there is no workload {unknown[0]!r} on {device}\n  do:  choose from {', '.join(every)}")
-    return [every[name] for name in names] if names else list(every.values())
+        raise SystemExit(f"error: there is no workload {unknown[0]!r}\n  do:  choose from {', '.join(every)}")
+    found = [every[name] for name in names] or (CUDA if device.startswith("cuda") else CPU)
+    if tiny:
+        found = [replace(workload, model="tiny", teacher=workload.teacher and "tiny") for workload in found]
+    if unknown := set(changed or {}) - CHANGEABLE:
+        raise SystemExit(f"error: {min(unknown)!r} cannot be changed\n  do:  choose from {', '.join(sorted(CHANGEABLE))}")
+    return [replace(workload, **(changed or {})) for workload in found]  # type: ignore[arg-type]
 
 
 def described(workload: Workload) -> dict[str, Any]:

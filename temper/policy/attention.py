@@ -114,6 +114,8 @@ def attention(
 
     What is more than causal attention (another mask, dropout, a position bias, capped scores) goes to transformers' own.
     """
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # angles are float32, and so may be what they turned
+        query, key, value = (item.to(torch.get_autocast_dtype("cuda")) for item in (query, key, value))
     seen = attention_mask if isinstance(attention_mask, Seen) else None
     if seen is not None and (count := _count.get(None)) is not None:
         count[0] += 1

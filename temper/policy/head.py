@@ -209,9 +209,9 @@ class _Divergence(torch.autograd.Function):
     ) -> Any:
         grads = Gradients(hidden_N_D, head, *ctx.needs_input_grad[:3])
         values_N = hidden_N_D.new_empty(len(hidden_N_D), dtype=wide(hidden_N_D))
-        value_and_gradient, room = GRADIENTS.get(measure, by_autograd(measure)), head.buffer(hidden_N_D)
+        value_and_gradient, room, ready = GRADIENTS.get(measure, by_autograd(measure)), head.buffer(hidden_N_D), head.ready(hidden_N_D)
         for rows in head.tiles(len(hidden_N_D)):
-            logits_R_V = head.logits(hidden_N_D[rows], temperature, room)
+            logits_R_V = ready.logits(hidden_N_D[rows], temperature, room)
             teacher_R_V, slope_R_V = teacher(rows), head.slope(logits_R_V, temperature)
             for block in blocks(logits_R_V):
                 logq = torch.log_softmax(teacher_R_V[block] / temperature if temperature != 1.0 else teacher_R_V[block], -1)

@@ -62,10 +62,11 @@ def linear(layer: nn.Linear, x: Tensor, update: Update | None = None, *, with_bi
 
 
 class _Product(torch.autograd.Function):
-    """y = x Wᵀ + b + s·u Bᵀ with u = z Aᵀ, where z is x or x after dropout, and u is zero in a row's foreign columns.
+    """y = u Bᵀ + x Wᵀ + b with u = s·z Aᵀ, where z is x or x after dropout, and u is zero in a row's foreign columns.
 
-    With g the gradient of y and d = s·g B (zero where u is): dx = g W + d A, dA = dᵀ z, dB = s·gᵀ u. A frozen W costs
-    no product of its own, the update no tensor of y's size. A packed W is unpacked anew in the backward.
+    With g the gradient of y and d = s·g B (zero where u is): dx = d A + g W, dA = dᵀ z, dB = gᵀ u. A frozen W costs no
+    product of its own, and the large products add to what the small ones left: the update takes no pass over memory of
+    its own. A packed W is unpacked anew in the backward.
     """
 
     @staticmethod
@@ -79,11 +80,12 @@ class _Product(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             x_N_K = x.reshape(-1, x.shape[-1]).to(dtype)
             z_N_K = x_N_K if z is None else z.reshape(x_N_K.shape).to(dtype)
-            y_N_M = F.linear(x_N_K, _matrix(layer, weight, dtype), None if bias is None else bias.to(dtype))
-            if A is not None and B is not None:
-                u_N_R = F.linear(z_N_K, A.to(dtype))
+            if A is None or B is None:
+                y_N_M = F.linear(x_N_K, _matrix(layer, weight, dtype), None if bias is None else bias.to(dtype))
+            else:
+                u_N_R = F.linear(z_N_K, A.to(dtype)).mul_(scaling)
                 _clear(u_N_R, foreign_B_R)
-                y_N_M.addmm_(u_N_R, B.to(dtype).T, alpha=scaling)
+                y_N_M = F.linear(u_N_R, B.to(dtype), None if bias is None else bias.to(dtype)).addmm_(x_N_K, _matrix(layer, weight, dtype).T)
         ctx.save_for_backward(x_N_K, None if z is None else z_N_K, weight, A, B, u_N_R, foreign_B_R)
         ctx.layer, ctx.scaling, ctx.shape = layer, scaling, x.shape
         return y_N_M.view(*x.shape[:-1], -1)
@@ -95,19 +97,20 @@ class _Product(torch.autograd.Function):
         need_x, need_z, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         with torch.autocast(grad.device.type, enabled=False):
             g_N_M = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            if need_x:
-                dx = g_N_M @ _matrix(ctx.layer, weight, dtype)
             if A is not None:
-                d_N_R = g_N_M @ (B.to(dtype) * ctx.scaling)
+                d_N_R = (g_N_M @ B.to(dtype)).mul_(ctx.scaling)
                 _clear(d_N_R, foreign_B_R)
                 if need_B:
-                    dB = (u_N_R.T @ g_N_M).mul_(ctx.scaling).T.to(B.dtype)
+                    dB = (u_N_R.T @ g_N_M).T.to(B.dtype)
                 if need_A:
                     dA = (d_N_R.T @ (x_N_K if z_N_K is None else z_N_K)).to(A.dtype)
                 if need_z:
                     dz = (d_N_R @ A.to(dtype)).view(ctx.shape)
-                elif dx is not None and z_N_K is None:
-                    dx.addmm_(d_N_R, A.to(dtype))
+                elif need_x and z_N_K is None:
+                    dx = d_N_R @ A.to(dtype)
+            if need_x:
+                matrix = _matrix(ctx.layer, weight, dtype)
+                dx = g_N_M @ matrix if dx is None else dx.addmm_(g_N_M, matrix)
             dweight = (g_N_M.T @ x_N_K).to(weight.dtype) if need_weight else None
             dbias = g_N_M.sum(0) if need_bias else None
         return None if dx is None else dx.view(ctx.shape), dz, dweight, dbias, dA, dB, None, None, None

@@ -35,7 +35,7 @@ class Merge:
                 if is_packed(layer):
                     repack_(layer, wanted)
                 else:
-                    layer.weight.copy_(wanted)
+                    write_(layer.weight, wanted)
                 missed += float((dense(layer, torch.float32) - wanted).square().sum(dtype=torch.float64))
                 changed += float((wanted - before).square().sum(dtype=torch.float64))
         self.error = math.sqrt(missed / changed) if changed else (math.inf if missed else 0.0)
@@ -57,7 +57,7 @@ class Merge:
         with torch.no_grad():
             for path, layer in self.layers.items():
                 for name, original in self.originals[path].items():
-                    getattr(layer, name).copy_(original)
+                    write_(getattr(layer, name), original)
         if checksum(self.layers) != self.checksum:
             raise IntegrityError(f"unmerging {self.name!r} did not restore the weights", do="load the base again")
 
@@ -65,6 +65,14 @@ class Merge:
 def own_weights(layer: LoraLinear) -> dict[str, torch.Tensor]:
     """A copy of the layer's weight, and of the magnitudes of a packed one."""
     return {name: weight.detach().clone() for name, weight in layer._parameters.items() if weight is not None and name != "bias"}
+
+
+def write_(weight: torch.Tensor, value: torch.Tensor) -> None:
+    """Overwrite `weight` with `value`; where their dtypes differ (a frozen base in bfloat16, its merge in float32) it takes value's."""
+    if weight.dtype is value.dtype:
+        weight.copy_(value)
+    else:
+        weight.data = value.clone()
 
 
 def checksum(layers: dict[str, LoraLinear]) -> str:

@@ -24,6 +24,7 @@ from temper.data.template import Template
 from temper.policy import adapters, peft_format
 from temper.policy.adapters import LoraConfig
 from temper.policy.bars import only_slow_ones
+from temper.policy.frozen import hold_frozen, widen
 from temper.policy.hardware import Precision, choose_device, choose_precision, keep_freed_memory
 from temper.policy.head import Divergence, Head, cross_entropy, divergence, token_values
 from temper.policy.inputs import decoder_inputs, scatter, support_of
@@ -40,7 +41,7 @@ from temper.policy.recompute import decoder_layers, recomputing
 from temper.policy.saved import IDENTITY, check_identity, filled, hash_weights, read_checkpoint
 
 log = logging.getLogger("temper.policy")
-PROBE_TOKENS, PROBE_TOLERANCE = 4, 1e-3
+PROBE_TOKENS, PROBE_TOLERANCE = 4, {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class TokenScores:
 
 
 class Policy:
-    """A transformers causal model with its tokenizer and template. Master weights stay float32.
+    """A transformers causal model with its tokenizer and template. What is trained stays float32.
 
     `compute_dtype` is what matrix products are done in; `version` counts the learner's updates.
     """
@@ -73,8 +74,10 @@ class Policy:
         self.check_head()
 
     @classmethod
-    def load(cls, path: str | Path, *, precision: Precision = "auto", device: str = "auto", verify: bool = True) -> Policy:
-        """Load a checkpoint folder or hub name in evaluation mode.
+    def load(
+        cls, path: str | Path, *, precision: Precision = "auto", device: str = "auto", frozen: bool = False, verify: bool = True
+    ) -> Policy:
+        """Load a checkpoint folder or hub name in evaluation mode; `frozen` where its own weights will not be trained.
 
         Raises as `read_checkpoint` does, and DeviceError where the device is not here.
         """
@@ -82,7 +85,11 @@ class Policy:
         dtype, reason = choose_precision(precision, where)
         only_slow_ones()
         model, tokenizer = read_checkpoint(path, verify=verify)
-        policy = cls(model.to(where).eval(), tokenizer, compute_dtype=dtype, path=str(path))  # type: ignore[arg-type]
+        model.to(where).eval()  # type: ignore[arg-type]
+        widen(model, but=dtype if frozen and where.type == "cuda" else None)
+        policy = cls(model, tokenizer, compute_dtype=dtype, path=str(path))
+        if frozen:
+            policy.freeze_base()
         if verify:
             check_identity(path, policy.weights_hash)
         require_card(tokenizer, Path(path))
@@ -143,7 +150,8 @@ class Policy:
 
         With `read_N` it is right at those flat positions alone, and cheaper.
         """
-        running = partial(self.running, batch.adapters if layout is None else layout.adapters, layout, read_N)
+        read_M = None if read_N is None or self.lean.last_mlp is None else read_N.unique()
+        running = partial(self.running, batch.adapters if layout is None else layout.adapters, layout, read_M)
         layers = decoder_layers(self.model.get_decoder()) if self.recompute else []
         with running(), recomputing(layers, running):
             return self.decode(use_cache=False, **decoder_inputs(batch, layout))
@@ -155,9 +163,8 @@ class Policy:
     @contextlib.contextmanager
     def running(self, names: Sequence[str | None], layout: Layout | None, read_N: Tensor | None = None) -> Iterator[None]:
         """Inside the block layers run with their rows' adapters, in the compute dtype, the lean way; in a recomputation too."""
-        one_way = len(set(names)) == 1  # rows of several adapters must stay rows
-        only = computing_only(self.lean.last_mlp if one_way else None, read_N)
-        with self.use(names), self.computing(), self.lean.forward(self.compute_dtype, layout), only:
+        last_mlp = self.lean.last_mlp if len(set(names)) == 1 else None  # rows of several adapters must stay rows
+        with self.use(names), self.computing(), self.lean.forward(self.compute_dtype, layout), computing_only(last_mlp, read_N):
             yield
 
     def supervised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +213,7 @@ class Policy:
         with torch.no_grad():
             _, teacher_N_D, _ = teacher.supervised(batch)
         rows = min(len(self.head.weight_V_D), len(teacher.head.weight_V_D))
-        of_teacher, weights_N = teacher.head.first(rows), batch.weights_B_T.flatten()[at_N]
+        of_teacher, weights_N = teacher.head.first(rows).ready(teacher_N_D), batch.weights_B_T.flatten()[at_N]
         total, values_N = divergence(
             hidden_N_D, self.head.first(rows), lambda tile: of_teacher.logits(teacher_N_D[tile]), weights_N, measure, temperature=temperature
         )
@@ -215,11 +222,11 @@ class Policy:
     def check_head(self) -> None:
         """Raise ShapeError where this model's logits are not those of its matrix and soft-cap alone."""
         tokens_1_T = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.model.config.get_text_config().vocab_size
-        with torch.no_grad():
+        with torch.no_grad(), self.computing():
             expected_T_V = self.model(input_ids=tokens_1_T, use_cache=False).logits[0].float()
             found_T_V = self.head.logits(self.model.get_decoder()(input_ids=tokens_1_T, use_cache=False).last_hidden_state[0])
         error = float((expected_T_V - found_T_V).abs().max() / expected_T_V.abs().max().clamp(min=1.0))
-        if not error < PROBE_TOLERANCE:
+        if not error < PROBE_TOLERANCE[self.compute_dtype]:
             raise ShapeError(
                 f"{type(self.model).__name__} forms its logits in a way temper does not know",
                 why=f"they differ by {error:.2g} from hidden states times head",
@@ -337,9 +344,14 @@ class Policy:
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def freeze_base(self) -> None:
-        """Stop training the model's own parameters."""
+        """Stop training the model's own parameters. On a GPU matrices are held in the compute dtype where that is exact.
+
+        A CPU's stay float32, in which it samples.
+        """
         for weight in self.base_parameters().values():
             weight.requires_grad_(False)
+        if self.device.type == "cuda" and self.compute_dtype is not torch.float32:
+            hold_frozen(self.model, self.compute_dtype)
 
     def weights_hash(self) -> str:
         """SHA-256 over names, shapes and float32 bytes of the model's own parameters, sorted by name."""

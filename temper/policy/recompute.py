@@ -6,8 +6,8 @@ rows' adapters, the precision, the lean norms and attention) and from the same r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from temper.core.errors import ShapeError
+from temper.policy.forwarding import forwarding
 
 Again = Callable[[], AbstractContextManager[Any]]
 
@@ -34,16 +35,9 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     )
 
 
-@contextmanager
-def recomputing(layers: list[nn.Module], again: Again) -> Iterator[None]:
+def recomputing(layers: list[nn.Module], again: Again) -> AbstractContextManager[None]:
     """Inside the block each of `layers` drops what it computed; its backward runs it again inside `again()`."""
-    for layer in layers:
-        layer.__dict__["forward"] = partial(_forward, layer, again)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.__dict__["forward"]
+    return forwarding({layer: partial(_forward, layer, again) for layer in layers})
 
 
 def _forward(layer: nn.Module, again: Again, *inputs: Any, **options: Any) -> Any:

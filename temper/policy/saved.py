@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ IDENTITY = "temper.json"  # beside the weights: their hash
 
 
 def read_checkpoint(path: str | Path, *, verify: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The float32 model and the tokenizer of a folder or hub name.
+    """The model, in float32 or all in the bfloat16 of its files, and the tokenizer of a folder or hub name.
 
     A folder written by temper is verified against its hashes (IntegrityError). Raises DataError where there is no such
     checkpoint or weights are missing from it.
@@ -28,14 +29,13 @@ def read_checkpoint(path: str | Path, *, verify: bool) -> tuple[PreTrainedModel,
         verify_folder(Path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, output_loading_info=True)
+        model, info = load_model(path)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} is not a checkpoint that transformers can load",
             why=str(error).splitlines()[0],
             do="give a folder with config.json, weights and tokenizer, or a hub name",
         ) from error
-    model, info = loaded
     if info["missing_keys"]:
         raise DataError(
             f"{path} lacks weights of its own architecture",
@@ -43,6 +43,30 @@ def read_checkpoint(path: str | Path, *, verify: bool) -> tuple[PreTrainedModel,
             do="save the checkpoint again whole; missing weights would be random ones",
         )
     return model, tokenizer
+
+
+def load_model(path: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model as transformers loads it, and what was missing.
+
+    Files in bfloat16 are read as they are: half the memory. Where the model makes numbers of its own in the dtype it is
+    loaded in (Gemma's scale of embeddings), it is loaded in float32 all the same, or those would be rounded.
+    """
+    loaded: Any
+    if stored_in_bfloat16(Path(path)):
+        loaded = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.bfloat16, output_loading_info=True)
+        if all(buffer.dtype is not torch.bfloat16 for buffer in loaded[0].buffers()):
+            return loaded[0], loaded[1]
+    loaded = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, output_loading_info=True)
+    return loaded[0], loaded[1]
+
+
+def stored_in_bfloat16(folder: Path) -> bool:
+    """Whether all numbers in the folder's safetensors files are bfloat16; False where there are none."""
+    dtypes: set[str] = set()
+    for file in folder.glob("*.safetensors") if folder.is_dir() else ():
+        with safe_open(file, "pt") as held:
+            dtypes |= {held.get_slice(name).get_dtype() for name in held.keys()}  # noqa: SIM118
+    return dtypes == {"BF16"}
 
 
 def check_identity(path: str | Path, weights_hash: Callable[[], str]) -> None:

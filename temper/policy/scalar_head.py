@@ -44,7 +44,7 @@ class RewardModel:
     def __init__(self, policy: Policy) -> None:
         self.policy = copy.copy(policy)
         self.policy.model, self.policy.router = copy.deepcopy((policy.model, policy.router))
-        self.policy.model.requires_grad_(False)
+        self.policy.model.float().requires_grad_(False)  # the decoder is trained, also where the policy's base was frozen
         self.policy.lean, self.policy.packing = Lean(self.policy.model, self.policy.model.get_decoder()), Packing(self.policy)
         self.model = ScalarModel(self.policy.model.get_decoder().requires_grad_(True), self.policy.model.config)
         self.model.train(policy.model.training)

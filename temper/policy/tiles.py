@@ -8,21 +8,17 @@ a row is changed, and what scales a row is applied to [rows, D] instead of [rows
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
-from subprocess import CalledProcessError
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from temper.policy.kernels import kernels
 from temper.policy.products import accurate_times_transposed, add_times_, times
 from temper.policy.support import Support
-
-log = logging.getLogger("temper.policy")
 
 # measured on a CPU: of 32 rows products run at two thirds of their best rate, of 256 at all of it; a GPU wants more
 TILE_ROWS = {"cpu": 256, "cuda": 2048}
@@ -55,6 +51,11 @@ class Head:
         """The head over the first `tokens` of its vocabulary alone."""
         bias_V = None if self.bias_V is None else self.bias_V[:tokens]
         return self if tokens == len(self.weight_V_D) else replace(self, weight_V_D=self.weight_V_D[:tokens], bias_V=bias_V)
+
+    def ready(self, hidden_N_D: Tensor) -> Head:
+        """The head with its matrix in the dtype that logits of these rows are multiplied in, so that no tile converts it again."""
+        on_gpu = self.dtype is torch.bfloat16 and hidden_N_D.is_cuda
+        return replace(self, weight_V_D=self.weight_V_D.to(torch.bfloat16 if on_gpu else wide(hidden_N_D)))
 
     def tiles(self, count: int) -> Iterator[slice]:
         """`count` rows in as few tiles as hold them, all about equally tall."""
@@ -97,7 +98,7 @@ def tiles(
     hidden_N_D: Tensor, head: Head, targets_N: Tensor, *, temperature: float = 1.0, support: Support | None = None, entropy: bool = False
 ) -> Iterator[Tile]:
     """Every tile in turn; the probabilities of one are gone when the next is asked for."""
-    room = head.buffer(hidden_N_D)
+    head, room = head.ready(hidden_N_D), head.buffer(hidden_N_D)
     for rows in head.tiles(len(hidden_N_D)):
         logits_R_V = head.logits(hidden_N_D[rows], temperature, room)
         if support is not None:
@@ -114,10 +115,10 @@ def softmax_(logits_R_V: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tens
     The largest probability is 1/Σ exp(s - max), so log Z = max - log(largest probability). Float32 rows on a GPU go to
     one Triton kernel where Triton works.
     """
-    if logits_R_V.is_cuda and logits_R_V.dtype is torch.float32 and logits_R_V.is_contiguous():
-        softmax_rows_ = row_kernel(logits_R_V.device)
-        if softmax_rows_ is not None:
-            return softmax_rows_(logits_R_V, entropy=entropy)
+    found = kernels(logits_R_V) if logits_R_V.dtype is torch.float32 and logits_R_V.is_contiguous() else None
+    if found is not None:
+        reduced: tuple[Tensor, Tensor | None] = found.softmax_rows_(logits_R_V, entropy=entropy)
+        return reduced
     logz_R = logits_R_V.new_empty(len(logits_R_V))
     entropy_R = torch.empty_like(logz_R) if entropy else None
     for block in blocks(logits_R_V):
@@ -131,22 +132,6 @@ def softmax_(logits_R_V: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tens
             torch.softmax(part, -1, out=part)
         logz_R[block] = largest - part.amax(-1).log_()
     return logz_R, entropy_R if entropy_R is None else entropy_R.add_(logz_R)
-
-
-@cache
-def row_kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """`softmax_` as a Triton kernel; None where Triton is absent or cannot run, which trying it once shows.
-
-    Triton builds its launcher where it runs, with a C compiler that may be missing there.
-    """
-    try:
-        from temper.policy.triton_softmax import softmax_rows_
-
-        softmax_rows_(torch.zeros(1, 16, device=device))
-    except (ImportError, OSError, RuntimeError, CalledProcessError) as error:
-        log.warning("no Triton kernel for the head, PyTorch's operations take its place: %s", error)
-        return None
-    return softmax_rows_
 
 
 def blocks(tile_R_V: Tensor) -> Iterator[slice]:

@@ -156,6 +156,7 @@ def prepare(cfg: Config) -> tuple[Policy, Policy]:
     if small > LARGEST_SHARE * large:
         raise ConfigError(f"the student has {small:,} parameters, the teacher {large:,}", why=f"that is {small / large:.0%}; at most {LARGEST_SHARE:.0%} is a student",
                           do="lower student.layers or student.intermediate")  # fmt: skip
+    teacher.freeze_base()  # once the student is made of it: its matrices may be held in half from here on
     student.model.train()
     student.recompute = cfg.recompute
     return teacher, student

@@ -228,7 +228,7 @@ def with_reference(pairs: list[Pair], policy: Policy, cfg: Config, run: RunDirec
 
 def reference_of(policy: Policy, cfg: Any) -> Policy:
     """The policy itself as it starts, or the checkpoint that the config names. Raises ConfigError across tokenizers."""
-    reference = policy if cfg.reference == "start" else load_policy(cfg, cfg.reference)
+    reference = policy if cfg.reference == "start" else load_policy(cfg, cfg.reference, frozen=True)
     same_family(f"reference {cfg.reference}", reference, policy)
     return reference
 

@@ -129,29 +129,27 @@ def manifest_hash(path: str) -> str:
     return hash_value([manifest.hash, hash_file(records)])
 
 
-def load_policy(cfg: StageConfig, path: str | None = None) -> Policy:
+def load_policy(cfg: StageConfig, path: str | None = None, *, frozen: bool = False) -> Policy:
     """The policy at `path` (default: the stage's base) in the stage's precision, with the random streams at their start."""
     torch.manual_seed(stream_seed(cfg.seed, "init"))
-    policy = Policy.load(path or cfg.base, precision=cfg.precision, device=cfg.device)
+    policy = Policy.load(path or cfg.base, precision=cfg.precision, device=cfg.device, frozen=frozen)
     policy.recompute = cfg.recompute
     dtype, reason = choose_precision(cfg.precision, policy.device)
-    say(f"{policy.path} on {policy.device}: products in {str(dtype).removeprefix('torch.')} ({reason}), weights and moments in float32")
+    say(f"{policy.path} on {policy.device}: products in {str(dtype).removeprefix('torch.')} ({reason}), what is trained and its moments in float32")
     return policy
 
 
 def prepare(cfg: AdaptableConfig) -> Policy:
     """The base with what is to be trained on it: all weights, a fresh adapter, or one to go on from."""
-    policy = load_policy(cfg)
+    policy = load_policy(cfg, frozen=cfg.trains is not None)
     policy.template.require()
     if cfg.quantise:
         if not cfg.trains:
             raise ConfigError(f"quantise: {cfg.quantise} without an adapter", why="weights in four bits cannot be trained", do="set lora, or leave quantise out")
         policy.quantise(cfg.quantise)
     if cfg.initial_adapter:
-        policy.freeze_base()
         policy.load_adapter(cfg.adapter, cfg.initial_adapter)
     elif cfg.lora:
-        policy.freeze_base()
         policy.add_lora(cfg.adapter, cfg.lora)
     policy.model.train()
     return policy

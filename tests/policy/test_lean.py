@@ -76,6 +76,54 @@ def test_a_norm_of_another_formula_is_left_alone():
 
 
 @pytest.mark.parametrize("family", CONFIGS)
+def test_gates_and_rotations_of_every_family_are_told_from_others(family):
+    """Gemma's gates are GELUs and stay; every family here turns halves."""
+    decoder = tiny_policy(family).model.get_decoder()
+    assert len(lean.gates(decoder)) == (0 if family.startswith("gemma") else 2)
+    assert len(lean.rotations(decoder)) == 1
+
+
+def test_a_rotation_of_pairs_or_of_a_part_is_another_one():
+    from transformers.models.cohere import modeling_cohere
+    from transformers.models.glm import modeling_glm
+
+    assert not lean.is_rotation(modeling_cohere.apply_rotary_pos_emb)
+    assert not lean.is_rotation(modeling_glm.apply_rotary_pos_emb)
+
+
+def test_a_gate_that_adds_or_wants_more_is_another_one():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            return self.down_proj(F.silu(self.gate_proj(x)) * (self.up_proj(x) + 1))
+
+    class Wants(Odd):
+        def forward(self, x, experts):
+            return x
+
+    assert not lean.is_silu_gate(Odd())
+    assert not lean.is_silu_gate(Wants())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_scores_and_gradients_with_gates_and_rotations_are_those_of_the_stock_forward(family, recompute):
+    fused, stock = tiny_policy(family), tiny_policy(family)
+    decoder = fused.model.get_decoder()
+    fused.lean.gates, fused.lean.rotations, fused.recompute = lean.gates(decoder), lean.rotations(decoder), recompute
+    given = fused.lean.rotations[0].apply_rotary_pos_emb
+    stock.lean.norms, stock.lean.config = [], None
+    found, expected = run(fused), run(stock)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5 * float(value.abs().max()) + 1e-7, msg=name)
+    assert fused.lean.rotations[0].apply_rotary_pos_emb is given
+    assert not any("forward" in module.__dict__ for module in fused.model.modules())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
 def test_scores_and_gradients_are_those_of_the_stock_forward(family, monkeypatch):
     found = run(tiny_policy(family))
     stock = tiny_policy(family)

@@ -238,7 +238,8 @@ def test_what_a_tree_sees_by_hand():
 def test_the_runs_of_the_variable_length_kernel_see_what_the_mask_says():
     """The kernel by hand: each run of queries aligned at the end of its run of keys."""
     made = spans()
-    ready = varlen.Paths(made).on(180, torch.device("cpu"))
+    ready = varlen.Paths(made).on(2, 180, torch.device("cpu"))
+    assert ready.repeated
     sees = torch.zeros(360, 360, dtype=torch.bool)
     for run in range(len(made)):
         queries, keys = (at[ends[run] : ends[run + 1]] for at, ends in ((ready.at_queries, ready.query_ends), (ready.at_keys, ready.key_ends)))
@@ -248,6 +249,25 @@ def test_the_runs_of_the_variable_length_kernel_see_what_the_mask_says():
     covered = ready.at_queries
     assert torch.equal(sees[covered], torch.block_diag(*dense.int()).bool()[covered])
     assert (ready.longest_queries, ready.longest_keys) == (77, 147)
+
+
+def test_rows_without_padding_or_sharing_are_what_the_kernel_takes():
+    ready = varlen.Paths([Span(0, 0, 3), Span(0, 3, 8), Span(1, 0, 8)]).on(2, 8, torch.device("cpu"))
+    assert (ready.at_queries, ready.at_keys, ready.repeated) == (None, None, False)
+    assert ready.query_ends.tolist() == ready.key_ends.tolist() == [0, 3, 8, 16]
+    padded = varlen.Paths([Span(0, 0, 3), Span(1, 0, 8)]).on(2, 8, torch.device("cpu"))
+    assert padded.at_queries.tolist() == padded.at_keys.tolist() == [0, 1, 2, *range(8, 16)]
+
+
+def test_a_gathered_keys_gradient_is_the_sum_of_its_places():
+    """Place 1 is taken three times: in bfloat16 1 + 1/256 + 1/256 would stay 1, in float32 it becomes 1 + 1/128."""
+    x = torch.zeros(3, 1, dtype=torch.bfloat16, requires_grad=True)
+    at, grad = torch.tensor([1, 0, 1, 1]), torch.tensor([[1.0], [5.0], [1 / 256], [1 / 256]], dtype=torch.bfloat16)
+    varlen._Gathered.apply(x, at, True).backward(grad)
+    assert x.grad.flatten().tolist() == [5.0, 1 + 1 / 128, 0.0]
+    x.grad = None
+    varlen._Gathered.apply(x, at[:2], False).backward(grad[:2])
+    assert x.grad.flatten().tolist() == [5.0, 1.0, 0.0]
 
 
 def test_dropout_of_attention_pads_while_training_and_is_never_lost(checkpoints, caplog):
