@@ -231,8 +231,8 @@ def test_the_price_of_recomputing_is_said_and_the_choice_changes_no_gradient(bas
 
 
 @pytest.mark.parametrize(("asked", "units", "said"), [
-    ("auto", True, "products in bfloat16 (this processor multiplies bfloat16), weights and moments in float32"),
-    ("auto", False, "products in float32 (this processor has no bfloat16 units), weights and moments in float32"),
+    ("auto", True, "products in bfloat16 (this processor multiplies bfloat16), what is trained and its moments in float32"),
+    ("auto", False, "products in float32 (this processor has no bfloat16 units), what is trained and its moments in float32"),
     ("float32", True, "products in float32 (asked for)"),
 ])  # fmt: skip
 def test_the_precision_follows_the_hardware_and_is_said(base, examples, monkeypatch, capsys, asked, units, said) -> None:
