@@ -75,19 +75,18 @@ class Ours:
 
     # --- what is trained ---
 
-    def policy(self, model: str) -> Policy:
+    def policy(self, model: str, *, frozen: bool = False) -> Policy:
         """A model in the precision of the comparison."""
-        return Policy.load(self.models / model, precision=self.job["precision"], device=self.device)
+        return Policy.load(self.models / model, precision=self.job["precision"], device=self.device, frozen=frozen)
 
     def prepare(self, total_steps: int) -> None:
         """Fresh weights, their loss and their learner; a base that no step changed is not loaded again."""
-        workload, policy = self.workload, self.base or self.policy(self.workload.model)
+        workload, policy = self.workload, self.base or self.policy(self.workload.model, frozen=self.workload.lora)
         self.trained: Any = policy
         if workload.lora:
             if self.base:
                 policy.remove_adapter(ADAPTER)
             self.base = policy
-            policy.freeze_base()
             policy.load_adapter(ADAPTER, self.models / workload.model / "adapter")
         if workload.kind == "reward":
             self.trained = RewardModel(policy)

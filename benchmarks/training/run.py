@@ -34,7 +34,7 @@ TIMEOUT = 400.0  # seconds that one command of one side may take: an hour of com
 # what TRL offers, the likely fastest first; the fastest in its first pass is the peer
 VARIANTS = {
     "cpu": {"sft": ["grouped", "bfd", "grouped+compile"]},
-    "cuda": {"sft": ["bfd+flex+liger", "grouped+liger"], "dpo": ["grouped+liger"]},
+    "cuda": {"sft": ["bfd+flex+liger", "grouped+liger"], "dpo": ["grouped+liger", "grouped"]},
 }
 
 

@@ -112,11 +112,11 @@ CPU = [
 ]  # fmt: skip
 
 CUDA = [
-    Workload("sft_full_0.5b", "SFT, full, 0.5B, packed", "sft", "0.5b", 512, 64, 16, lengths=(64, 2048), tokens_per_batch=16384),
-    Workload("sft_lora_1.5b", "SFT, LoRA r16, 1.5B, packed", "sft", "1.5b", 512, 64, 8, lora=True, lengths=(64, 2048), tokens_per_batch=16384, target_ratio=1.3, target_share=0.5),
-    Workload("sft_lora_8b", "SFT, LoRA r16, 8B, packed", "sft", "8b", 96, 32, 4, lora=True, lengths=(64, 2048), tokens_per_batch=8192, target_ratio=1.3, target_share=0.5),
-    Workload("dpo_1.5b", "DPO, LoRA r16, 1.5B", "dpo", "1.5b", 256, 32, 4, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=16384, target_ratio=1.3, target_share=0.5),
-    Workload("dpo_8b", "DPO, LoRA r16, 8B", "dpo", "8b", 64, 16, 2, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=8192, target_ratio=1.3, target_share=0.5),
+    Workload("sft_full_0.5b", "SFT, full, 0.5B, packed", "sft", "0.5b", 256, 64, 16, lengths=(64, 2048), tokens_per_batch=16384),
+    Workload("sft_lora_1.5b", "SFT, LoRA r16, 1.5B, packed", "sft", "1.5b", 256, 64, 8, lora=True, lengths=(64, 2048), tokens_per_batch=16384, target_ratio=1.3, target_share=0.5),
+    Workload("sft_lora_8b", "SFT, LoRA r16, 8B, packed", "sft", "8b", 64, 32, 4, lora=True, lengths=(64, 2048), tokens_per_batch=8192, target_ratio=1.3, target_share=0.5),
+    Workload("dpo_1.5b", "DPO, LoRA r16, 1.5B", "dpo", "1.5b", 128, 32, 4, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=16384, target_ratio=1.3, target_share=0.5),
+    Workload("dpo_8b", "DPO, LoRA r16, 8B", "dpo", "8b", 32, 16, 2, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=8192, target_ratio=1.3, target_share=0.5),
 ]  # fmt: skip
 
 CHANGEABLE = {"rows", "step_rows", "peer_rows", "tokens_per_batch"}

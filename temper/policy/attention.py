@@ -3,7 +3,7 @@
 A layout's spans come in through the mask: transformers asks `mask` for one, gets `Seen` (what queries may see, in a few
 numbers) where a layout is at hand, and passes it to every layer as it would a tensor. On a CPU the sums are float32
 matrix products of blocks (`temper.policy.blocks`): PyTorch's own kernel multiplies at a tenth of what the processor
-can. On CUDA a layout goes to the variable-length kernel. No mask of positions by positions is made, save where neither
+can. On CUDA a layout goes to the variable-length kernel, rows as they stand to PyTorch's flash kernel. No mask of positions by positions is made, save where neither
 can compute the layer.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,7 +29,9 @@ from temper.policy import varlen
 from temper.policy.blocks import Plan, attend
 
 NAME = "temper_blocks"
-MORE = ("position_bias", "softcap")  # what a layer may pass that the blocks do not compute
+MORE = ("position_bias", "softcap")  # what a layer may pass that neither the blocks nor the kernels compute
+# without cuDNN's: it plans anew for every shape, a tenth of a second a micro-batch, and micro-batches differ in shape
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _spans: ContextVar[tuple[Span, ...] | None] = ContextVar("spans", default=None)
 _count: ContextVar[list[int]] = ContextVar("count")
@@ -119,11 +122,17 @@ def attention(
     seen = attention_mask if isinstance(attention_mask, Seen) else None
     if seen is not None and (count := _count.get(None)) is not None:
         count[0] += 1
-    plain = (seen is not None or attention_mask is None) and not dropout and query.shape[2] == key.shape[2] and all(options.get(name) is None for name in MORE)
+    more = [name for name in MORE if options.get(name) is not None]
+    if more and seen is not None:
+        raise ShapeError(f"this model's layers attend with {more[0]}, which a layout cannot follow", do="pad the rows")
+    plain = (seen is not None or attention_mask is None) and not dropout and query.shape[2] == key.shape[2] and not more
     plain = plain and options.get("is_causal") is not False and getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if plain and seen is not None and varlen.can(query, value):
         return varlen.attention(query, key, value, seen.paths, scale, seen.window), None
+    if plain and seen is None and query.is_cuda:
+        with sdpa_kernel(BACKENDS):
+            return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **options)
     if plain and query.device.type == "cpu":
         rows, heads, positions, _ = query.shape
         plan = (causal if seen is None else seen.plan)(rows, positions, heads, key.shape[1])

@@ -33,7 +33,6 @@ class Lean:
     def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
         device = next(model.parameters()).device.type
         config: Any = decoder.config
-        self.on_cpu = device == "cpu"
         self.given = config._attn_implementation
         self.config = config if self.given == "sdpa" else None
         self.last_mlp = last_mlp(decoder)
@@ -49,7 +48,7 @@ class Lean:
             module: partial(_norm, module, eps, offset, dtype if inside else torch.float32) for module, eps, offset, inside in self.norms
         }
         functions |= {module: partial(_gated, module) for module in self.gates}
-        config = self.config if self.on_cpu or layout is not None else None
+        config = self.config
         with ExitStack() as stack:
             stack.enter_context(forwarding(functions))
             for modeling in self.rotations:

@@ -106,6 +106,9 @@ def test_the_softmax_kernel_as_it_runs(name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_on_a_gpu_is_float32_on_a_cpu_but_for_rounding(family, kind, dense_is_refused):
     policy = on_gpu(family)
+    if family == "gemma2":  # its scores are capped, which no kernel for packed rows does
+        assert policy.kind(kind) == "padded"
+        return
     assert policy.kind(kind) == kind, policy.padded_because
     dense_is_refused.clear()
     assert apart(run(policy, kind, rows()), run(tiny_policy(family), kind, rows())) < 2 * ROUNDING

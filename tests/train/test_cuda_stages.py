@@ -25,7 +25,7 @@ def test_supervised(base, tmp_path, lora):
     data = manifest(tmp_path / "rows", conversations(30))
     sft.run(sft.Config(out=str(tmp_path / "out"), base=base, data=data, lora=lora, epochs=4, optim={"lr": 5e-3}, **SMALL))
     losses = [line["loss"] for line in log_of(tmp_path / "out")]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_preference_and_reward(base, tmp_path):
