@@ -128,7 +128,7 @@ def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default="", help="names separated by commas; none: all, and the extras")
-    parser.add_argument("--peer", default=".venv-peer/bin/python", help="the Python of the environment that TRL is installed in")
+    parser.add_argument("--peer", type=Path, default=Path(".venv-peer/bin/python"), help="the Python of the environment that TRL is installed in")
     parser.add_argument("--no-peer", action="store_true", help="measure temper alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds that one step or pass of one side may take")
@@ -161,7 +161,7 @@ def compare(workload: Workload, job: dict[str, Any], told: argparse.Namespace, s
     made: dict[str, Any] = {"size": vars(measure(workload)), "errors": [], "ours": {}, "check": f"{CHECK_STEPS} steps on up to {CHECK_ROWS} rows"}
     named = told.variants.split(",") if told.variants else VARIANTS["cuda" if on_gpu(told) else "cpu"].get(workload.kind, ["grouped"])
     ours = Process(sys.executable, "ours.py", job | {"variant": "-"}, scratch)
-    peers = {variant: Process(told.peer, "peer.py", job | {"variant": variant}, scratch) for variant in ([] if told.no_peer else named)}
+    peers = {variant: Process(str(told.peer.absolute()), "peer.py", job | {"variant": variant}, scratch) for variant in ([] if told.no_peer else named)}
     try:
         for side in (ours, *peers.values()):
             with suppress(SideError):  # it will say so again when it is asked to work
@@ -295,9 +295,9 @@ def peer_versions(told: argparse.Namespace) -> dict[str, str]:
     """The versions in the peer's environment. Raises SystemExit where it is not there."""
     if told.no_peer:
         return {}
-    if not Path(told.peer).is_file():
+    if not told.peer.is_file():
         raise SystemExit(f"error: there is no {told.peer}\n  do:  make .venv-peer/.installed, or measure temper alone with --no-peer")
-    found: dict[str, str] = json.loads(call([told.peer, "-c", f"import sys, json; sys.path.insert(0, {str(HERE)!r}); import machine; print(json.dumps(machine.versions()))"]))
+    found: dict[str, str] = json.loads(call([str(told.peer), "-c", f"import sys, json; sys.path.insert(0, {str(HERE)!r}); import machine; print(json.dumps(machine.versions()))"]))
     return found
 
 
