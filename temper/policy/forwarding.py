@@ -13,8 +13,8 @@ from torch import nn
 def forwarding(functions: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Inside the block each module runs its function in place of its `forward`; of nested blocks the inner one counts."""
     before = {module: module.__dict__.get("forward") for module in functions}
-    for module, function in functions.items():
-        module.__dict__["forward"] = function
+    for module in functions:
+        module.__dict__["forward"] = functions[module]
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def widen(model: nn.Module, *, but: torch.dtype | None) -> None:
             weight.data = weight.float()
 
 
-def matrices(model: nn.Module) -> list[nn.Parameter]:
+def matrices(model: nn.Module) -> list[Tensor]:
     """The weights of linear layers, a head that is the embedding left out."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return [module.weight for module in model.modules() if isinstance(module, nn.Linear) and id(module.weight) not in tables]

@@ -103,7 +103,7 @@ def formula(module: Callable[[Tensor], Tensor], weight_D: Tensor, eps: float) ->
     return None
 
 
-def _norm(module: nn.Module, eps: float, offset: float, dtype: torch.dtype, x: Tensor) -> Tensor:
+def _norm(module: Any, eps: float, offset: float, dtype: torch.dtype, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, eps, offset, dtype)
 
 
@@ -137,7 +137,7 @@ def is_silu_gate(mlp: nn.Module) -> bool:
     return torch.allclose(found, torch.tanh(gate(x_1_2_D, nn.functional.softplus(x_1_2_D))), rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def _gated(mlp: nn.Module, x: Tensor) -> Tensor:
+def _gated(mlp: Any, x: Tensor) -> Tensor:
     down: Tensor = mlp.down_proj(gate(mlp.gate_proj(x), mlp.up_proj(x)))
     return down
 

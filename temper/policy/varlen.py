@@ -52,9 +52,10 @@ class Paths:
             of_queries = [span.end - span.start for span in self.spans]
             of_keys = [span.before + span.end - span.start for span in self.spans]
             ends = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device) for lengths in (of_queries, of_keys)]
-            places_of = [None if torch.equal(at, torch.arange(rows * width)) else at.to(device) for at in map(torch.cat, (at_queries, at_keys))]
+            in_order = torch.arange(rows * width)
+            to_queries, to_keys = (None if torch.equal(at, in_order) else at.to(device) for at in map(torch.cat, (at_queries, at_keys)))
             repeated = any(span.path for span in self.spans)
-            self.ready[rows, width, device] = Ready(*places_of, repeated, *ends, max(of_queries), max(of_keys))
+            self.ready[rows, width, device] = Ready(to_queries, to_keys, repeated, ends[0], ends[1], max(of_queries), max(of_keys))
         return self.ready[rows, width, device]
 
 
@@ -84,7 +85,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, paths: Paths, scale: fl
 
 
 @cache
-def grouped_heads(grouped: bool) -> dict[str, bool]:
+def grouped_heads(grouped: bool) -> dict[str, Any]:
     """The word the kernel wants where several queries share a key's head; PyTorch 2.11 shares heads without it."""
     from torch.nn.attention.varlen import varlen_attn
 
