@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from worker import serve
-from workloads import BETA, CHECK_STEPS, CLIP, PAD, RATE, Workload, by_name, check_rows, rows_of
+from workloads import BETA, CHECK_STEPS, CLIP, PAD, Workload, by_name, check_rows, rows_of
 
 from temper.data.batch import Batch, collate, plan_units
 from temper.data.sequence import Sequence as Row
@@ -95,7 +95,7 @@ class Ours:
         self.trained.model.train()
         self.kind = self.trained.kind("auto")
         self.loss = self.objective(policy)
-        optim = OptimConfig(lr=RATE, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, clip=1.0, warmup_share=0.0, schedule="constant")
+        optim = OptimConfig(lr=workload.rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, clip=1.0, warmup_share=0.0, schedule="constant")
         self.learner = Learner(self.trained, optim, total_steps)
 
     def objective(self, policy: Policy) -> Callable[[Batch], LossOut]:

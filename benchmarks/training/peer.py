@@ -32,7 +32,7 @@ from trl import (
 )
 from trl.trainer import dpo_trainer
 from worker import serve
-from workloads import BETA, CHECK_STEPS, CLIP, GROUP, MODELS, PAD, RANK, RATE, Workload, by_name, check_rows, rows_of, size
+from workloads import BETA, CHECK_STEPS, CLIP, GROUP, MODELS, PAD, RANK, Workload, by_name, check_rows, rows_of, size
 
 KINDS = {
     "sft": (SFTTrainer, SFTConfig),
@@ -184,7 +184,7 @@ class Peer:
         return {
             "output_dir": tempfile.mkdtemp(prefix="bench-peer-"),
             "per_device_train_batch_size": width, "gradient_accumulation_steps": accumulate, "num_train_epochs": 1,
-            "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
+            "learning_rate": self.workload.rate, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
             "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "optim": "adamw_torch_fused",
             "bf16": self.cuda, "gradient_checkpointing": False, "use_cpu": not self.cuda,
             "use_liger_kernel": "liger" in self.variant, "dataloader_num_workers": 2 if self.cuda else 0,

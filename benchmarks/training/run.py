@@ -34,7 +34,7 @@ TIMEOUT = 400.0  # seconds that one command of one side may take: an hour of com
 # what TRL offers, the likely fastest first; the fastest in its first pass is the peer
 VARIANTS = {
     "cpu": {"sft": ["grouped", "bfd", "grouped+compile"]},
-    "cuda": {"sft": ["bfd+flex+liger", "grouped+liger"], "dpo": ["grouped+liger", "grouped"]},
+    "cuda": {"sft": ["bfd+flex+liger", "grouped+liger"], "dpo": ["grouped+flex+liger", "grouped+liger"]},
 }
 
 
@@ -113,7 +113,7 @@ def main() -> int:
                "threads": told.threads, "precision": precision, "timeout": told.timeout}  # fmt: skip
         print(f"== {workload.name}: {workload.title}", flush=True)
         results["workloads"][workload.name] = described(workload) | compare(workload, job, told, scratch)
-        results["limits"] += [] if on_gpu(told) else limits(told, results["workloads"][workload.name])
+        results["limits"] += limits(told, results["workloads"][workload.name])
         results["minutes"] = round((time.monotonic() - started) / 60, 1)
         report.write(results, told.out)
         print(report.lines(results, workload.name), flush=True)

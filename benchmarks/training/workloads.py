@@ -16,6 +16,7 @@ PAD, EOS, FIRST_TOKEN = 0, 1, 4  # ids below FIRST_TOKEN are special
 BETA, CLIP, GROUP, RANK = 0.1, 0.2, 8, 16  # DPO's beta, GRPO's clip, answers of one prompt, LoRA's rank
 CHECK_ROWS, CHECK_STEPS = 4, 2  # both sides train these and must say the same losses
 RATE = 1e-3  # learning rate, constant; AdamW without decay, gradients clipped to 1
+GENTLE = 2e-5  # where a step at RATE would take the loss to zero, so that the second one would tell nothing
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Workload:
     lengths: tuple[int, int] = (32, 512)
     answers: tuple[int, int] = (16, 96)
     tokens_per_batch: int = 2048
+    rate: float = RATE
     target_ratio: float | None = None
     target_share: float | None = None
 
@@ -115,8 +117,8 @@ CUDA = [
     Workload("sft_full_0.5b", "SFT, full, 0.5B, packed", "sft", "0.5b", 256, 64, 16, lengths=(64, 2048), tokens_per_batch=16384),
     Workload("sft_lora_1.5b", "SFT, LoRA r16, 1.5B, packed", "sft", "1.5b", 256, 64, 8, lora=True, lengths=(64, 2048), tokens_per_batch=16384, target_ratio=1.3, target_share=0.5),
     Workload("sft_lora_8b", "SFT, LoRA r16, 8B, packed", "sft", "8b", 64, 32, 4, lora=True, lengths=(64, 2048), tokens_per_batch=8192, target_ratio=1.3, target_share=0.5),
-    Workload("dpo_1.5b", "DPO, LoRA r16, 1.5B", "dpo", "1.5b", 128, 32, 4, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=16384, target_ratio=1.3, target_share=0.5),
-    Workload("dpo_8b", "DPO, LoRA r16, 8B", "dpo", "8b", 32, 16, 2, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=8192, target_ratio=1.3, target_share=0.5),
+    Workload("dpo_1.5b", "DPO, LoRA r16, 1.5B", "dpo", "1.5b", 128, 32, 4, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=16384, rate=GENTLE, target_ratio=1.3, target_share=0.5),
+    Workload("dpo_8b", "DPO, LoRA r16, 8B", "dpo", "8b", 32, 16, 2, lora=True, lengths=(256, 1024), answers=(64, 512), tokens_per_batch=8192, rate=GENTLE, target_ratio=1.3, target_share=0.5),
 ]  # fmt: skip
 
 CHANGEABLE = {"rows", "step_rows", "peer_rows", "tokens_per_batch"}
@@ -238,8 +240,8 @@ def by_name(names: list[str], device: str, *, tiny: bool = False, changed: dict[
     found = [every[name] for name in names] or (CUDA if device.startswith("cuda") else CPU)
     if tiny:
         found = [replace(workload, model="tiny", teacher=workload.teacher and "tiny") for workload in found]
-    if unknown := set(changed or {}) - CHANGEABLE:
-        raise SystemExit(f"error: {min(unknown)!r} cannot be changed\n  do:  choose from {', '.join(sorted(CHANGEABLE))}")
+    if fixed := set(changed or {}) - CHANGEABLE:
+        raise SystemExit(f"error: {min(fixed)!r} cannot be changed\n  do:  choose from {', '.join(sorted(CHANGEABLE))}")
     return [replace(workload, **(changed or {})) for workload in found]  # type: ignore[arg-type]
 
 
