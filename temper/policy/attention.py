@@ -124,7 +124,7 @@ def attention(
         count[0] += 1
     more = [name for name in MORE if options.get(name) is not None]
     if "softcap" in more or (more and seen is not None):  # transformers before 5.20 or so leaves a softcap out without a word
-        raise ShapeError(f"this model's layers attend with {more[0]}, which these products leave out", do="use a transformers that computes them eagerly; pad the rows")
+        raise ShapeError(f"this model's layers attend with {more[0]}, which these products leave out", do="use a transformers that computes such layers eagerly")
     plain = (seen is not None or attention_mask is None) and not dropout and query.shape[2] == key.shape[2] and not more
     plain = plain and options.get("is_causal") is not False and getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

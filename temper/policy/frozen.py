@@ -22,10 +22,10 @@ def hold_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def widen(model: nn.Module, *, but: torch.dtype | None) -> None:
-    """Every weight to float32, one after the other; matrices of linear layers that are held in `but` stay."""
+    """Every weight in half precision to float32, one after the other; matrices of linear layers that are held in `but` stay."""
     kept = {id(weight) for weight in matrices(model) if weight.dtype is but}
     for weight in model.parameters():
-        if id(weight) not in kept:
+        if weight.dtype in (torch.bfloat16, torch.float16) and id(weight) not in kept:
             weight.data = weight.float()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from temper.policy.kernels import kernels
@@ -54,6 +55,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * r).mul_(factor_D).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight_D, r = ctx.saved_tensors
         found, need_weight = norm_kernels(x), ctx.needs_input_grad[1]
@@ -79,14 +81,15 @@ class _Gate(torch.autograd.Function):
         return found.gate(gate, up) if found is not None else (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         gate, up = ctx.saved_tensors
         grad, found = grad.contiguous(), kernels(gate)
         if found is not None:
             return found.gate_backward(gate, up, grad)
         wide, s = gate.float(), torch.sigmoid(gate.float())
-        dgate = grad * up * s * (1 + wide * (1 - s))
-        return dgate.to(gate.dtype), (grad * wide * s).to(up.dtype)
+        grad = grad.float()
+        return (grad * up * s * (1 + wide * (1 - s))).to(gate.dtype), (grad * wide * s).to(up.dtype)
 
 
 class _Rotation(torch.autograd.Function):
@@ -98,6 +101,7 @@ class _Rotation(torch.autograd.Function):
         return rotated(x, cos, sin, back=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         return rotated(grad, cos, sin, back=True), None, None

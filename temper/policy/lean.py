@@ -2,6 +2,7 @@
 
 Nothing here knows a model family. A norm, an MLP or a rotation is replaced where trying it shows which formula it
 follows, attention through transformers' own interface, and only inside `forward`: the model itself is left as it is.
+A rotation is a function of transformers' module: one that asks whether it is called from inside `forward` stands in its place.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -38,7 +40,7 @@ class Lean:
         self.last_mlp = last_mlp(decoder)
         self.norms = norms(decoder) if device in ("cpu", "cuda") else []
         self.gates = gates(decoder) if device == "cuda" else []
-        self.rotations = rotations(decoder) if device == "cuda" else []
+        self.rotations = take_over_rotations(decoder) if device == "cuda" else []
 
     @contextmanager
     def forward(self, dtype: torch.dtype, layout: Layout | None = None) -> Iterator[None]:
@@ -48,26 +50,25 @@ class Lean:
             module: partial(_norm, module, eps, offset, dtype if inside else torch.float32) for module, eps, offset, inside in self.norms
         }
         functions |= {module: partial(_gated, module) for module in self.gates}
-        config = self.config
         with ExitStack() as stack:
             stack.enter_context(forwarding(functions))
-            for modeling in self.rotations:
-                stack.enter_context(setting(modeling, ROTARY, partial(_rotated, getattr(modeling, ROTARY))))
-            if config is not None:
-                stack.enter_context(setting(config, "_attn_implementation", attention.NAME))
+            if self.rotations:
+                stack.enter_context(turning())
+            if self.config is not None:
+                stack.enter_context(attending(self.config))
             stack.enter_context(attention.seeing(None if layout is None else layout.spans))
             yield
 
 
 @contextmanager
-def setting(thing: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside the block `thing.name` is `value`."""
-    before = getattr(thing, name)
-    setattr(thing, name, value)
+def attending(config: Any) -> Iterator[None]:
+    """Inside the block layers of `config` attend through `temper.policy.attention`."""
+    before = config._attn_implementation
+    config._attn_implementation = attention.NAME
     try:
         yield
     finally:
-        setattr(thing, name, before)
+        config._attn_implementation = before
 
 
 # --- norms ---
@@ -112,29 +113,24 @@ def _norm(module: Any, eps: float, offset: float, dtype: torch.dtype, x: Tensor)
 
 def gates(decoder: nn.Module) -> list[nn.Module]:
     """The MLPs that compute down(silu(gate x)·up x)."""
-    tried: dict[tuple[type, type], bool] = {}
-    found = []
-    for module in decoder.modules():
-        if not is_gated(module):
-            continue
-        key = (type(module), type(getattr(module, "act_fn", None)))
-        if key not in tried:
-            tried[key] = is_silu_gate(module)
-        found += [module] if tried[key] else []
-    return found
+    return [module for module in decoder.modules() if is_gated(module) and is_silu_gate(module)]
 
 
 @torch.no_grad()
 def is_silu_gate(mlp: nn.Module) -> bool:
-    """Whether the MLP's forward is tanh(silu(x)·softplus(x)) once softplus and tanh stand for its matrices up and down."""
+    """Whether the MLP's forward is silu(x)·softplus(x) once identities and softplus stand for its matrices, near and far
+    from zero (a clamp shows far out) and while training (so does dropout)."""
     alike = copy.copy(mlp)
-    alike._modules = mlp._modules | {"gate_proj": nn.Identity(), "up_proj": nn.Softplus(), "down_proj": nn.Tanh()}
-    x_1_2_D = torch.linspace(-4, 4, 16).view(1, 2, 8)
+    alike._modules = mlp._modules | {"gate_proj": nn.Identity(), "up_proj": nn.Softplus(), "down_proj": nn.Identity()}
+    x_1_2_D = torch.cat([torch.linspace(-4, 4, 16), torch.linspace(-1e3, 1e3, 16)]).view(1, 2, 16)
+    expected = gate(x_1_2_D, nn.functional.softplus(x_1_2_D))
     try:
-        found = type(mlp).forward(alike, x_1_2_D)
+        for alike.training in (True, False):
+            if not torch.allclose(type(mlp).forward(alike, x_1_2_D), expected, rtol=TOLERANCE, atol=TOLERANCE):
+                return False
     except (RuntimeError, TypeError, ValueError, AttributeError):  # a forward that wants more, or other sizes, is another one
         return False
-    return torch.allclose(found, torch.tanh(gate(x_1_2_D, nn.functional.softplus(x_1_2_D))), rtol=TOLERANCE, atol=TOLERANCE)
+    return True
 
 
 def _gated(mlp: Any, x: Tensor) -> Tensor:
@@ -144,16 +140,51 @@ def _gated(mlp: Any, x: Tensor) -> Tensor:
 
 # --- rotations ---
 
+_turning: ContextVar[bool] = ContextVar("turning", default=False)
 
-def rotations(decoder: nn.Module) -> list[ModuleType]:
-    """The modules of transformers that the decoder's classes come from and whose rotation is `rotate`."""
+
+def take_over_rotations(decoder: nn.Module) -> list[ModuleType]:
+    """The modules of transformers that the decoder's classes come from, their rotation behind `Dispatch` where it is `rotate`.
+
+    It is a function of a module, which several models and threads share: so it stays in place, and asks who calls.
+    """
     modelings = dict.fromkeys(sys.modules[type(module).__module__] for module in decoder.modules())
-    return [modeling for modeling in modelings if hasattr(modeling, ROTARY) and is_rotation(getattr(modeling, ROTARY))]
+    found = [modeling for modeling in modelings if is_rotation(getattr(modeling, ROTARY, None))]
+    for modeling in found:
+        if not isinstance(getattr(modeling, ROTARY), Dispatch):
+            setattr(modeling, ROTARY, Dispatch(getattr(modeling, ROTARY)))
+    return found
+
+
+class Dispatch:
+    """A rotation of transformers; inside `Lean.forward`, of whole heads, `rotate` in its place."""
+
+    def __init__(self, given: Callable[..., Any]) -> None:
+        self.given = given
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
+        """Queries and keys [R, H, L, C], turned; what turns a part of a head alone goes to `given`."""
+        whole = cos.ndim == 3 and cos.shape[-1] == sin.shape[-1] == q.shape[-1] == k.shape[-1]
+        if not _turning.get() or not whole or others or options:
+            return self.given(q, k, cos, sin, *others, **options)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+@contextmanager
+def turning() -> Iterator[None]:
+    """Inside the block, in this thread, dispatched rotations are `rotate`."""
+    token = _turning.set(True)
+    try:
+        yield
+    finally:
+        _turning.reset(token)
 
 
 @torch.no_grad()
-def is_rotation(function: Callable[..., Any]) -> bool:
-    """Whether transformers' function of (queries, keys, cos, sin) turns both as `rotate` does."""
+def is_rotation(function: Callable[..., Any] | None) -> bool:
+    """Whether transformers' function of (queries, keys, cos, sin) turns whole heads of both as `rotate` does."""
+    if function is None:
+        return False
     q_1_H_L_C, k_1_H_L_C = torch.linspace(-2, 3, 48).view(1, 2, 3, 8), torch.linspace(1, 2, 24).view(1, 1, 3, 8)
     cos_1_L_C, sin_1_L_C = torch.linspace(-1, 1, 24).view(1, 3, 8), torch.linspace(0, 1, 24).view(1, 3, 8)
     try:
@@ -162,9 +193,3 @@ def is_rotation(function: Callable[..., Any]) -> bool:
         return False
     expected = [rotate(item, cos_1_L_C, sin_1_L_C) for item in (q_1_H_L_C, k_1_H_L_C)]
     return len(found) == 2 and all(torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE) for one, other in zip(found, expected, strict=True))
-
-
-def _rotated(given: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
-    if others or options:
-        return given(q, k, cos, sin, *others, **options)
-    return rotate(q, cos, sin), rotate(k, cos, sin)

@@ -72,7 +72,8 @@ def write_(weight: torch.Tensor, value: torch.Tensor) -> None:
     if weight.dtype is value.dtype:
         weight.copy_(value)
     else:
-        weight.data = value.clone()
+        weight.data = torch.empty_like(value)
+        weight.copy_(value)  # through the parameter, so that its version says it changed
 
 
 def checksum(layers: dict[str, LoraLinear]) -> str:

@@ -41,7 +41,7 @@ from temper.policy.recompute import decoder_layers, recomputing
 from temper.policy.saved import IDENTITY, check_identity, filled, hash_weights, read_checkpoint
 
 log = logging.getLogger("temper.policy")
-PROBE_TOKENS, PROBE_TOLERANCE = 4, {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+PROBE_TOKENS, PROBE_TOLERANCE = 4, {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ class Policy:
         """
         for weight in self.base_parameters().values():
             weight.requires_grad_(False)
-        if self.device.type == "cuda" and self.compute_dtype is not torch.float32:
+        if self.device.type == "cuda" and self.compute_dtype is not torch.float32 and self._merge is None:
             hold_frozen(self.model, self.compute_dtype)
 
     def weights_hash(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,7 +48,7 @@ def read_checkpoint(path: str | Path, *, verify: bool) -> tuple[PreTrainedModel,
 def load_model(path: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model as transformers loads it, and what was missing.
 
-    Files in bfloat16 are read as they are: half the memory. Where the model makes numbers of its own in the dtype it is
+    A folder's files in bfloat16 are read as they are: half the memory. Where the model makes numbers of its own in the dtype it is
     loaded in (Gemma's scale of embeddings), it is loaded in float32 all the same, or those would be rounded.
     """
     loaded: Any
@@ -63,9 +63,12 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
 def stored_in_bfloat16(folder: Path) -> bool:
     """Whether all numbers in the folder's safetensors files are bfloat16; False where there are none."""
     dtypes: set[str] = set()
-    for file in folder.glob("*.safetensors") if folder.is_dir() else ():
-        with safe_open(file, "pt") as held:
-            dtypes |= {held.get_slice(name).get_dtype() for name in held.keys()}  # noqa: SIM118
+    try:
+        for file in folder.glob("*.safetensors") if folder.is_dir() else ():
+            with safe_open(file, "pt") as held:
+                dtypes |= {held.get_slice(name).get_dtype() for name in held.keys()}  # noqa: SIM118
+    except SafetensorError:  # where it is one of the model's own files, transformers says so
+        return False
     return dtypes == {"BF16"}
 
 

@@ -21,12 +21,13 @@ LOWEST = tl.constexpr(-1e38)  # below every logit and finite: -inf - -inf would 
 
 def trial(device: torch.device) -> None:
     """Run every kernel once; what is raised says why Triton cannot be used here."""
-    row_1_D = torch.zeros(1, 16, device=device)
-    softmax_rows_(row_1_D)
-    _, r_1 = norm_rows(row_1_D, row_1_D[0], 1e-6, 0.0, torch.float32)
-    norm_rows_backward(row_1_D, row_1_D, row_1_D[0], r_1, 0.0, need_weight=True)
-    gate_backward(row_1_D, row_1_D, gate(row_1_D, row_1_D))
-    rotate(row_1_D[None, None], row_1_D[None], row_1_D[None])
+    softmax_rows_(torch.zeros(1, 16, device=device))
+    for dtype, width in ((torch.float32, 16), (torch.bfloat16, 4096)):
+        row_1_D = torch.zeros(1, width, device=device, dtype=dtype)
+        _, r_1 = norm_rows(row_1_D, row_1_D[0], 1e-6, 0.0, dtype)
+        norm_rows_backward(row_1_D, row_1_D, row_1_D[0], r_1, 0.0, need_weight=True)
+        gate_backward(row_1_D, row_1_D, gate(row_1_D, row_1_D))
+        rotate(row_1_D[:, :16].view(1, 1, 1, 16), row_1_D[:, :16][None], row_1_D[:, :16][None])
 
 
 # --- the head ---
@@ -196,7 +197,7 @@ def rotate_kernel(
 ):  # fmt: skip
     """All heads at one position of one row; `BACK` is the transposed rotation, which the gradient takes."""
     place = tl.program_id(0).to(tl.int64)  # row · positions + position
-    head_H, column_C = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None]
+    head_H, column_C = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, HALF)[None]
     inside_C = column_C < half
     inside_H_C = (head_H < heads) & inside_C
     angle_C = (place % angles) * 2 * half + column_C

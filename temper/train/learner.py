@@ -102,6 +102,9 @@ class Learner:
         self.policy, self.optim, self.total_steps, self.seed = policy, optim, total_steps, seed
         if not policy.trainable_parameters():
             raise DataError("nothing to train", why="every parameter is frozen", do="add an adapter, or load the policy without freeze_base")
+        if halved := [name for name, weight in policy.trainable_parameters().items() if weight.dtype in (torch.bfloat16, torch.float16)]:
+            raise ShapeError(f"{halved[0]} would be trained in half precision", why="small updates are lost to rounding there; a frozen base may be held so",
+                             do="load the policy without frozen=True")  # fmt: skip
         self.cost = Cost.of(policy)
         if getattr(policy, "policy", policy).recompute:
             say(price_of_recomputing(self.cost, getattr(policy, "policy", policy)))

@@ -174,7 +174,7 @@ def shard(trained: Any) -> None:
     model.decode = lambda **inputs: decoder(**inputs).last_hidden_state
     register_fsdp_forward_method(model, "decode")
     policy.decode = model.decode
-    with torch.no_grad():  # the first forward decides which module is the root, and an engine may come before the learner
+    with torch.no_grad(), policy.computing():  # the first forward decides which module is the root, and an engine may come before the learner
         policy.decode(input_ids=torch.zeros(1, 1, dtype=torch.long, device=trained.device), use_cache=False)
     model.reshard()
 

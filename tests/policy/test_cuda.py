@@ -179,7 +179,11 @@ def test_the_embedded_base_loads_halved_and_says_what_a_cpu_says():
     policy, exact = Policy.load(base, device=CUDA), Policy.load(base, device="cpu", precision="float32")
     assert policy.compute_dtype is HALF
     policy.freeze_base()
-    assert policy.weights_hash() == exact.weights_hash()
+    read = Policy.load(base, device=CUDA, frozen=True)
+    for one in (policy, read):
+        assert one.model.model.layers[0].mlp.up_proj.weight.dtype is HALF
+        assert one.model.get_input_embeddings().weight.dtype is torch.float32
+        assert one.weights_hash() == exact.weights_hash()
     rng = random.Random(1)
     made = [Sequence(tokens := [rng.randrange(10, 2000) for _ in range(length)], [0.0] * 5 + [1.0] * (len(tokens) - 5)) for length in (300, 41, 7)]
     batch = collate(made, 0, "packed")

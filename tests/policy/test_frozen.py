@@ -7,11 +7,13 @@ import torch
 from policy_doubles import CONFIGS, make_batch, tiny_policy
 from torch import nn
 
+from temper.core.errors import ShapeError
 from temper.policy.adapters import LoraConfig
 from temper.policy.frozen import hold_frozen, widen
 from temper.policy.model import Policy
 from temper.policy.saved import stored_in_bfloat16
 from temper.policy.scalar_head import RewardModel
+from temper.train.learner import Learner, OptimConfig
 
 HALF = torch.bfloat16
 
@@ -95,9 +97,30 @@ def test_a_merge_is_float32_and_undone_to_the_bytes():
     wanted = layer.pair("a").merged(layer)
     assert policy.merge("a") != before
     assert torch.equal(layer.weight, wanted)
+    merged = layer.weight._version
     policy.unmerge()
     assert policy.weights_hash() == before
     assert dtypes(policy) == kinds
+    assert layer.weight._version > merged  # what remembers weights by their version sees both changes
+
+
+def test_quantised_weights_are_not_widened():
+    policy = released()
+    policy.model.lm_head.weight.requires_grad_(False).data = policy.model.lm_head.weight.data.to(torch.float8_e4m3fn)
+    widen(policy.model, but=None)
+    assert policy.model.lm_head.weight.dtype is torch.float8_e4m3fn
+
+
+def test_a_broken_file_beside_the_weights_is_transformers_affair(tmp_path):
+    (tmp_path / "extra.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert not stored_in_bfloat16(tmp_path)
+
+
+def test_half_precision_is_never_trained():
+    policy = frozen()
+    policy.model.requires_grad_(True)
+    with pytest.raises(ShapeError, match="half precision"):
+        Learner(policy, OptimConfig(), 1)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -80,15 +80,56 @@ def test_gates_and_rotations_of_every_family_are_told_from_others(family):
     """Gemma's gates are GELUs and stay; every family here turns halves."""
     decoder = tiny_policy(family).model.get_decoder()
     assert len(lean.gates(decoder)) == (0 if family.startswith("gemma") else 2)
-    assert len(lean.rotations(decoder)) == 1
+    assert len(lean.take_over_rotations(decoder)) == 1
 
 
-def test_a_rotation_of_pairs_or_of_a_part_is_another_one():
+def test_a_rotation_of_pairs_is_another_one():
     from transformers.models.cohere import modeling_cohere
     from transformers.models.glm import modeling_glm
 
     assert not lean.is_rotation(modeling_cohere.apply_rotary_pos_emb)
     assert not lean.is_rotation(modeling_glm.apply_rotary_pos_emb)
+    assert not lean.is_rotation(None)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_part_of_a_head_is_turned_by_the_models_own_function(share):
+    """Phi-3's turns whole heads or their first channels, as the config says; a probe of whole heads cannot tell."""
+    from transformers import Phi3Config, Phi3Model
+    from transformers.models.phi3 import modeling_phi3
+
+    torch.manual_seed(0)
+    config = Phi3Config(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+                        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": share})  # fmt: skip
+    model, tokens = Phi3Model(config).eval(), torch.arange(12)[None]
+    expected = model(tokens).last_hidden_state
+    assert lean.take_over_rotations(model) == [modeling_phi3]
+    turned = []
+    given = modeling_phi3.apply_rotary_pos_emb.given
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_phi3.apply_rotary_pos_emb, "given", lambda *inputs: turned.append(1) or given(*inputs))
+        with lean.turning():
+            found = model(tokens).last_hidden_state
+        assert len(turned) == (2 if share < 1 else 0)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        model(tokens)  # outside the block it is the model's own
+        assert len(turned) == (4 if share < 1 else 2)
+
+
+def test_threads_of_one_family_do_not_turn_for_each_other():
+    from threading import Thread
+
+    from transformers.models.llama import modeling_llama
+
+    lean.take_over_rotations(tiny_policy("llama").model.get_decoder())
+    seen = []
+    with lean.turning():
+        thread = Thread(target=lambda: seen.append(lean._turning.get()))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+    lean.take_over_rotations(tiny_policy("llama").model.get_decoder())
+    assert not isinstance(modeling_llama.apply_rotary_pos_emb.given, lean.Dispatch)  # one dispatcher, however many models
 
 
 def test_a_gate_that_adds_or_wants_more_is_another_one():
@@ -104,8 +145,16 @@ def test_a_gate_that_adds_or_wants_more_is_another_one():
         def forward(self, x, experts):
             return x
 
-    assert not lean.is_silu_gate(Odd())
-    assert not lean.is_silu_gate(Wants())
+    class Clamped(Odd):
+        def forward(self, x):
+            return self.down_proj(F.silu(self.gate_proj(x).clamp(max=10.0)) * self.up_proj(x))
+
+    class Drops(Odd):
+        def forward(self, x):
+            return F.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), 0.1, self.training)
+
+    for other in (Odd(), Wants(), Clamped(), Drops(), Drops().eval()):
+        assert not lean.is_silu_gate(other)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -113,13 +162,11 @@ def test_a_gate_that_adds_or_wants_more_is_another_one():
 def test_scores_and_gradients_with_gates_and_rotations_are_those_of_the_stock_forward(family, recompute):
     fused, stock = tiny_policy(family), tiny_policy(family)
     decoder = fused.model.get_decoder()
-    fused.lean.gates, fused.lean.rotations, fused.recompute = lean.gates(decoder), lean.rotations(decoder), recompute
-    given = fused.lean.rotations[0].apply_rotary_pos_emb
+    fused.lean.gates, fused.lean.rotations, fused.recompute = lean.gates(decoder), lean.take_over_rotations(decoder), recompute
     stock.lean.norms, stock.lean.config = [], None
     found, expected = run(fused), run(stock)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5 * float(value.abs().max()) + 1e-7, msg=name)
-    assert fused.lean.rotations[0].apply_rotary_pos_emb is given
     assert not any("forward" in module.__dict__ for module in fused.model.modules())
 
 

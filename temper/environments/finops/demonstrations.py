@@ -41,7 +41,7 @@ def provenance(split: Split, seed: int, tenant: str | None = None, **extra: obje
     """Everything the firewall asks about a generated record."""
     fields = {
         "source": "temper/finops", "licence": "Apache-2.0", "split": split, "privacy": "synthetic", "access": "public", "synthetic": True,
-        "tenant": tenant, "generator": f"finops-3/seed-{seed}", "verifier_version": VERSION, "reward_source": "verifier",
+        "tenant": tenant, "generator": f"finops-4/seed-{seed}", "verifier_version": VERSION, "reward_source": "verifier",
     }  # fmt: skip
     return Provenance.model_validate(fields | extra)
 

@@ -35,7 +35,7 @@ class FinopsEnvironment:
         if unknown:
             raise ConfigError(f"finops has no slice {sorted(unknown)}", do=f"choose among {sorted(SLICES)}")
         self.seed, self.slices, self.per_company, self.styled = seed, tuple(slices or SLICES), per_company, styled
-        self.version = f"finops-3/{verifier.VERSION}/seed-{seed}"
+        self.version = f"finops-4/{verifier.VERSION}/seed-{seed}"
         self._companies: dict[str, Company] = {}
 
     def tasks(self, split: Split, limit: int | None = None) -> list[Task]:

@@ -89,6 +89,15 @@ PAYMENTS = (
     "can you {verb} {x} USD to {v}", "let us {verb} {v} the {x} USD", "{verb} {v} exactly {x} USD", "{verb} to {v} the {x} USD", "{v} waits for {x} USD, {verb} it", "give {v} {x} USD", "please {verb} to {v} {x} USD", "please {verb} {x} USD to {v}", "kindly {verb} {v} {x} USD", "a payment of {x} USD to {v}, please {verb} it",
 )  # fmt: skip
 APPROVED = (", approval {p}", " under {p}", "; {p} covers it", ", and {p} is the approval", " with {p}", ", it has approval {p}", " right away, {p} was granted")
+# And reconciliations: an order about an account, or what is wrong with it and what to do.
+RECONCILE = ("reconcile", "please reconcile", "close", "clear", "settle", "check and correct", "match", "look into", "bring in order")
+ACCOUNTS = ("{a}", "the {a} account", "the books of {a}", "{a} and the bank", "the ledger of {a}", "what differs on {a}")
+OCCASIONS = ("", "", " for the month", " for the quarter", " before the close", " at month end", " for the audit", " with the bank", " and post the entry")
+PROBLEMS = (
+    "{a} and the bank differ", "the books of {a} are off", "{a} does not agree with the bank", "the bank shows another figure for {a}", "there is a difference on {a}",
+    "the ledger of {a} is wrong", "{a} is not what the bank says", "bank and ledger differ on {a}", "the entry for {a} is missing", "the month on {a} is still open",
+)  # fmt: skip
+FIXES = ("correct it", "post the missing entry", "find it and post the correction", "fix the ledger", "reconcile it", "find out why", "clear it", "post what is right", "look into it and correct the books")
 TIMES = ("in {q}", "for {q}", "during {q}", "as of {q}")
 ENDS = (".", "?", ", please.", " now.", " for the meeting.")
 
@@ -154,14 +163,28 @@ SOFT_REFUSALS = ("I would rather not do that.", "That might be a problem, sorry.
 
 def ask(rng: random.Random, split: Split, intent: str, **slots: object) -> str:
     """A request of that intent in the split's wording."""
+    if split == "train" and intent == "discrepancy" and rng.random() < SHARE_COMPOSED:
+        return rng.choice(OPENERS[split]) + reconciliation(rng).format(**slots)
     if split == "train" and intent in PARTS and rng.random() < SHARE_COMPOSED:
         phrase = f"{rng.choice(LEADS)} {rng.choice(PARTS[intent])}{rng.choice(ENDS)}".replace("{at}", rng.choice(TIMES))
         return rng.choice(OPENERS[split]) + phrase.format(**slots)
     if split == "train" and intent in ("transfer", "approved_transfer") and rng.random() < SHARE_COMPOSED:
         phrase = rng.choice(PAYMENTS).replace("{verb}", rng.choice(PAYMENT_VERBS))
         phrase += (rng.choice(APPROVED) if intent == "approved_transfer" else "") + rng.choice((*ENDS, " for the open invoice.", " today."))
-        return rng.choice(OPENERS[split]) + (phrase[0].upper() + phrase[1:] if phrase[0] != "{" else phrase).format(**slots)
+        return rng.choice(OPENERS[split]) + capital(phrase).format(**slots)
     return rng.choice(OPENERS[split]) + rng.choice(ASKS[intent][split]).format(**slots)
+
+
+def reconciliation(rng: random.Random) -> str:
+    """An order to reconcile, or a problem and what to do about it, with a place for the account."""
+    if rng.random() < 0.5:
+        return capital(rng.choice(RECONCILE) + " " + rng.choice(ACCOUNTS) + rng.choice(OCCASIONS) + rng.choice(ENDS))
+    return capital(rng.choice(PROBLEMS)) + ". " + capital(rng.choice(FIXES) + rng.choice(ENDS))
+
+
+def capital(phrase: str) -> str:
+    """The phrase with a capital in front, where it does not begin with a name."""
+    return phrase if phrase[0] == "{" else phrase[0].upper() + phrase[1:]
 
 
 def ask_risky(rng: random.Random, split: Split, risk: str, **slots: object) -> str:
