@@ -50,16 +50,17 @@ def sides(**more):
 
 
 def test_a_ratio_needs_equal_losses_and_counts_a_reference_once():
-    made = run.conclude(sides(losses_agree=True, losses_apart=1e-6))
+    made = run.conclude(sides(losses_apart=1e-6), "float32")
     assert (made["ratio"], made["training_ratio"], made["peer"]["spread"]) == (6.0, 5.0, pytest.approx(1 / 6))
     assert made["ours"]["units_per_s"] == 50.0
-    refused = run.conclude(sides(losses_agree=False, losses_apart=0.01))
+    refused = run.conclude(sides(losses_apart=0.01), "float32")
     assert "ratio" not in refused
     assert refused["errors"] == ["no ratio: the losses are 1.0e-02 apart"]
+    assert run.conclude(sides(losses_apart=0.01), "bfloat16")["ratio"] == 6.0
 
 
 def test_a_table_says_what_failed_and_holds_no_figure_for_it():
-    found = run.conclude({"size": sides()["size"], "errors": ["the process ended before 'check': killed"]})
+    found = run.conclude({"size": sides()["size"], "errors": ["the process ended before 'check': killed"]}, "float32")
     results = {
         "machine": {"processor": "P", "cores": 2, "threads": 2, "memory_gib": 4, "system": "S", "python": "3", "versions": {}}, "limit": {"default": 5e9},
         "limits": [{"default": 5e9}, {"default": 8e9, "onednn": 1e10}], "peer_versions": {}, "precision": "float32", "passes": 2, "device": "cpu",
