@@ -219,7 +219,7 @@ def apart(ours: list[float], theirs: list[float]) -> float:
 
 def rank(figures: dict[str, Any], told: argparse.Namespace) -> tuple[bool, float]:
     """Least where a variant is to be preferred."""
-    return figures["losses_apart"] > TOLERANCE["bfloat16" if on_gpu(told) else "float32"], figures["passes_s"][0]
+    return figures["losses_apart"] > TOLERANCE["bfloat16" if on_gpu(told) else "float32"], figures.get("reference_s", 0.0) + figures["passes_s"][0]
 
 
 def get_ready(side: Process, figures: dict[str, Any]) -> None:
