@@ -3,8 +3,8 @@
 A layout's spans come in through the mask: transformers asks `mask` for one, gets `Seen` (what queries may see, in a few
 numbers) where a layout is at hand, and passes it to every layer as it would a tensor. On a CPU the sums are float32
 matrix products of blocks (`temper.policy.blocks`): PyTorch's own kernel multiplies at a tenth of what the processor
-can. On CUDA a layout goes to the variable-length kernel, rows as they stand to PyTorch's flash kernel. No mask of positions by positions is made, save where neither
-can compute the layer.
+can. On CUDA a layout goes to the variable-length kernel, rows as they stand to PyTorch's flash kernel. No mask of
+positions by positions is made, save where neither can compute the layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from temper.policy.blocks import Plan, attend
 
 NAME = "temper_blocks"
 MORE = ("position_bias", "softcap")  # what a layer may pass that neither the blocks nor the kernels compute
-# without cuDNN's: it plans anew for every shape, a tenth of a second a micro-batch, and micro-batches differ in shape
+# without cuDNN's: it plans anew for every shape, and micro-batches differ in shape
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _spans: ContextVar[tuple[Span, ...] | None] = ContextVar("spans", default=None)
@@ -115,7 +115,8 @@ def attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: [rows, heads, positions, size] in, [rows, positions, heads, size] out.
 
-    What is more than causal attention (another mask, dropout, a position bias, capped scores) goes to transformers' own.
+    What is more than causal attention (another mask, dropout, a position bias) goes to transformers' own. Raises ShapeError
+    for capped scores, and for a position bias under a layout.
     """
     if query.is_cuda and torch.is_autocast_enabled("cuda"):  # angles are float32, and so may be what they turned
         query, key, value = (item.to(torch.get_autocast_dtype("cuda")) for item in (query, key, value))
@@ -123,7 +124,7 @@ def attention(
     if seen is not None and (count := _count.get(None)) is not None:
         count[0] += 1
     more = [name for name in MORE if options.get(name) is not None]
-    if "softcap" in more or (more and seen is not None):  # transformers before 5.20 or so leaves a softcap out without a word
+    if "softcap" in more or (more and seen is not None):  # the sdpa of transformers 5.17 leaves a softcap out without a word
         raise ShapeError(f"this model's layers attend with {more[0]}, which these products leave out", do="use a transformers that computes such layers eagerly")
     plain = (seen is not None or attention_mask is None) and not dropout and query.shape[2] == key.shape[2] and not more
     plain = plain and options.get("is_causal") is not False and getattr(module, "is_causal", True)

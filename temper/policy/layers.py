@@ -1,7 +1,7 @@
 """What stands between a decoder's matrix products, as functions with a gradient of their own: norm, gate, rotation.
 
-On CUDA each is a Triton kernel (`temper.policy.triton_kernels`), where transformers' operations pass over memory four
-to eight times. Sums are float32 and results are rounded once.
+On CUDA each is a Triton kernel (`temper.policy.triton_kernels`), where transformers' operations pass over memory several
+times. Sums are float32 and results are rounded once.
 """
 
 from __future__ import annotations

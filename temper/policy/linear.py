@@ -65,8 +65,7 @@ class _Product(torch.autograd.Function):
     """y = u Bᵀ + x Wᵀ + b with u = s·z Aᵀ, where z is x or x after dropout, and u is zero in a row's foreign columns.
 
     With g the gradient of y and d = s·g B (zero where u is): dx = d A + g W, dA = dᵀ z, dB = gᵀ u. A frozen W costs no
-    product of its own, and the large products add to what the small ones left: the update takes no pass over memory of
-    its own. A packed W is unpacked anew in the backward.
+    product of its own. The large products add to what the small ones wrote, and so read it while they multiply. A packed W is unpacked anew in the backward.
     """
 
     @staticmethod
